@@ -1,0 +1,31 @@
+// ternary_ssm._C: what this build is and what it runs on. Everything on tensors is in torch.ops.ternary.
+#include <pybind11/pybind11.h>
+
+#include "kernels/cpu/isa.h"
+#include "kernels/sm90/gemm/select.h"
+
+#ifndef TERNARY_CUDA_VERSION
+#define TERNARY_CUDA_VERSION nullptr
+#endif
+
+namespace py = pybind11;
+
+static py::dict gemm_plan(int64_t m, int64_t n, int64_t k, int64_t group, bool one_scale, bool aligned,
+                          int sms) {
+  using namespace ternary::sm90;
+  const GemmPlan plan = plan_gemm(m, n, k, group, one_scale, aligned, sms);
+  return py::dict(py::arg("kernel") = plan.kernel == GemmKernel::stream ? "stream" : "plain",
+                  py::arg("span") = plan.span, py::arg("column_tiles") = plan.column_tiles,
+                  py::arg("warps") = plan.warps, py::arg("blocks") = plan.blocks,
+                  py::arg("tiles") = plan.tiles);
+}
+
+PYBIND11_MODULE(_C, m) {
+  m.def(
+      "cpu_isa", [] { return ternary::name(ternary::isa()); },
+      "Instruction set of the CPU kernels in use: portable, avx2 or avx512.");
+  m.attr("cuda_version") = static_cast<const char*>(TERNARY_CUDA_VERSION);  // nvcc's, None without CUDA
+  m.def("gemm_plan", &gemm_plan, "How gemm runs on a Hopper GPU (csrc/kernels/sm90/gemm/select.h).",
+        py::arg("m"), py::arg("n"), py::arg("k"), py::arg("group"), py::arg("one_scale"), py::arg("aligned"),
+        py::arg("sms"));
+}

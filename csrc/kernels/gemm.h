@@ -1,0 +1,45 @@
+// y[m, n] = sum_k x[m, k] * w[n, k] * scales[n, k / group] + bias[n],  w in {-1, 0, +1}.
+#pragma once
+
+#include <cstdint>
+
+#include "kernels/codes.h"
+#include "kernels/dtype.h"
+
+struct CUstream_st;
+
+namespace ternary {
+
+struct GemmArgs {
+  const void* x;         // [m, k]
+  const uint8_t* codes;  // [n, k / 4], see codes.h
+  const void* scales;    // [n, k / group], or [1] where one_scale
+  const void* bias;      // [n], or null
+  void* y;               // [m, n]
+  DType type;            // of x and y
+  DType scale_type;
+  DType bias_type;
+  int64_t m, n, k;
+  int64_t group;   // weights that share a scale, a multiple of 4; k where one_scale
+  bool one_scale;  // one for the whole matrix
+};
+
+// How the CPU kernel cuts y, in tiles counted along a row of tiles first.
+struct GemmTiles {
+  static constexpr int kRows = 144, kColumns = 64;  // at most; kColumns is a multiple of every vector
+  static constexpr int kStep = 6;                   // rows that are computed at once
+  int64_t rows;                                     // of a tile, a multiple of kStep; fewer at the edge
+  int64_t down, across;
+};
+
+// Tiles of even height, so that threads with as many tiles have as much to do.
+TERNARY_INLINE GemmTiles gemm_tiles(const GemmArgs& a) {
+  const int64_t most = (a.m + GemmTiles::kRows - 1) / GemmTiles::kRows;
+  const int64_t rows = (a.m + most * GemmTiles::kStep - 1) / (most * GemmTiles::kStep) * GemmTiles::kStep;
+  return {rows, (a.m + rows - 1) / rows, (a.n + GemmTiles::kColumns - 1) / GemmTiles::kColumns};
+}
+
+void gemm_cpu(const GemmArgs& args, int64_t begin, int64_t end);  // tiles begin .. end of down * across
+int gemm_sm90(const GemmArgs& args, CUstream_st* stream);         // returns a cudaError_t
+
+}  // namespace ternary

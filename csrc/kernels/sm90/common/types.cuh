@@ -1,0 +1,62 @@
+// Elements of any DType to and from float.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+#include "kernels/dtype.h"
+
+namespace ternary::sm90 {
+
+__device__ inline float to_float(float v) { return v; }
+__device__ inline float to_float(__half v) { return __half2float(v); }
+__device__ inline float to_float(__nv_bfloat16 v) { return __bfloat162float(v); }
+
+// Rounds to nearest even.
+template <class Element>
+__device__ Element from_float(float v);
+template <>
+__device__ inline float from_float<float>(float v) {
+  return v;
+}
+template <>
+__device__ inline __half from_float<__half>(float v) {
+  return __float2half_rn(v);
+}
+template <>
+__device__ inline __nv_bfloat16 from_float<__nv_bfloat16>(float v) {
+  return __float2bfloat16_rn(v);
+}
+
+// Element i of `from`.
+__device__ inline float load_float(const void* from, DType type, int64_t i) {
+  if (type == DType::f32) return static_cast<const float*>(from)[i];
+  if (type == DType::f16) return to_float(static_cast<const __half*>(from)[i]);
+  return to_float(static_cast<const __nv_bfloat16*>(from)[i]);
+}
+
+__device__ inline int size_of(DType type) { return type == DType::f32 ? 4 : 2; }
+
+// Calls f with a value of the C++ type that `type` names.
+template <class Function>
+int with_type(DType type, Function f) {
+  if (type == DType::f32) return f(float{});
+  if (type == DType::f16) return f(__half{});
+  return f(__nv_bfloat16{});
+}
+
+// N elements that are read or written at once: in accesses of up to 16 bytes where kAligned, else one by one.
+template <class Element, int N, bool kAligned>
+struct alignas(!kAligned                  ? sizeof(Element)
+               : sizeof(Element) * N < 16 ? sizeof(Element) * N
+                                          : 16) Run {
+  Element at[N];
+};
+
+inline bool is_aligned(const void* pointer, int bytes = 16) {
+  return reinterpret_cast<uintptr_t>(pointer) % bytes == 0;
+}
+
+}  // namespace ternary::sm90

@@ -1,0 +1,37 @@
+// S_t = exp(min(dt_t A, 0)) S_{t-1} + dt_t x_t B_t^T;  y_t = (S_t C_t + D x_t) silu(z_t)  for each head;
+// dt_t = clamp(softplus(dt_t + dt_bias), dt_min, dt_max).
+#pragma once
+
+#include <cstdint>
+
+#include "kernels/dtype.h"
+
+namespace ternary {
+
+// Serves ssd and its update: one token a sequence, initial_state = final_state.
+// Strides are elements between consecutive tokens; what follows the token is dense.
+struct SsdArgs {
+  const void* x;              // [b, l, h, p]
+  const void* dt;             // [b, l, h]
+  const float* A;             // [h]
+  const void* B;              // [b, l, g, n]; head i reads group i / (h / g)
+  const void* C;              // [b, l, g, n]
+  const float* D;             // [h, D_size] or null
+  const void* z;              // [b, l, h, p] or null
+  const float* dt_bias;       // [h] or null
+  const void* initial_state;  // [sequences, h, p, n] or null (zeros)
+  const int32_t* cu_seqlens;  // [sequences + 1] or null: a sequence is a row of the batch
+  void* y;                    // [b, l, h, p]
+  void* final_state;          // [sequences, h, p, n]
+  DType type, state_type;     // of x, dt, B, C, z and y; of both states
+  int64_t x_stride, dt_stride, B_stride, C_stride, z_stride;
+  int64_t sequences, length, heads, head_dim, groups, state_size;
+  int64_t D_size;        // 1 or p
+  float dt_min, dt_max;  // dt_max infinity: no limit
+  bool dt_softplus;
+};
+
+// Work items are (sequence, head), head fastest.
+void ssd_cpu(const SsdArgs& args, int64_t begin, int64_t end);
+
+}  // namespace ternary

@@ -1,0 +1,32 @@
+#include <cuda_runtime_api.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/macros.h>
+
+#include "ops/gemm.h"
+#include "ops/quantize.h"
+
+namespace ternary {
+
+static cudaStream_t current_stream(const Tensor& t) {
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
+  return static_cast<cudaStream_t>(stream);
+}
+
+// Launches on the tensor's device, in the caller's stream.
+template <class Args, int (*launch)(const Args&, CUstream_st*)>
+static void run(const Args& args, const Tensor& t) {
+  const torch::stable::accelerator::DeviceGuard guard(t.get_device_index());
+  STD_CUDA_CHECK(cudaError_t(launch(args, current_stream(t))));
+}
+
+}  // namespace ternary
+
+STABLE_TORCH_LIBRARY_IMPL(ternary, CUDA, m) {
+  using namespace ternary;
+  m.impl("quantize", TORCH_BOX((&quantize<run<QuantizeArgs, quantize_sm90>>)));
+  m.impl("pack", TORCH_BOX((&pack<run<PackArgs, pack_sm90>>)));
+  m.impl("unpack", TORCH_BOX((&unpack<run<UnpackArgs, unpack_sm90>>)));
+  m.impl("dequantize", TORCH_BOX((&dequantize<run<DequantizeArgs, dequantize_sm90>>)));
+  m.impl("gemm", TORCH_BOX((&gemm<run<GemmArgs, gemm_sm90>>)));
+}

@@ -1,0 +1,36 @@
+// Every operator of the package, declared once.
+// register_*.cpp binds the kernels; python/ternary_ssm/ops.py adds the fakes and the gradients;
+// python/ternary_ssm/reference.py says in plain PyTorch what each one computes.
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(ternary, m) {
+  m.def("quantize(Tensor weight, int group_size, ScalarType scale_dtype) -> (Tensor codes, Tensor scales)");
+  m.def("pack(Tensor ternary) -> Tensor");
+  m.def("unpack(Tensor codes) -> Tensor");
+  m.def("dequantize(Tensor codes, Tensor scales, ScalarType dtype) -> Tensor");
+  m.def("gemm(Tensor x, Tensor codes, Tensor scales, Tensor? bias=None) -> Tensor");
+
+  m.def(
+      "causal_conv1d(Tensor x, Tensor weight, Tensor? bias=None, Tensor? initial_state=None, "
+      "Tensor? cu_seqlens=None, bool silu=True) -> (Tensor y, Tensor final_state)");
+  m.def(
+      "causal_conv1d_update(Tensor x, Tensor(a!) state, Tensor weight, Tensor? bias=None, bool silu=True) "
+      "-> Tensor");
+
+  m.def(
+      "selective_scan(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D=None, Tensor? z=None, "
+      "Tensor? dt_bias=None, bool dt_softplus=True, Tensor? initial_state=None, Tensor? cu_seqlens=None) "
+      "-> (Tensor y, Tensor final_state)");
+  m.def(
+      "selective_scan_update(Tensor x, Tensor(a!) state, Tensor dt, Tensor A, Tensor B, Tensor C, "
+      "Tensor? D=None, Tensor? z=None, Tensor? dt_bias=None, bool dt_softplus=True) -> Tensor");
+
+  m.def(
+      "ssd(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D=None, Tensor? z=None, "
+      "Tensor? dt_bias=None, bool dt_softplus=True, float dt_min=0.0, float? dt_max=None, "
+      "Tensor? initial_state=None, Tensor? cu_seqlens=None) -> (Tensor y, Tensor final_state)");
+  m.def(
+      "ssd_update(Tensor x, Tensor(a!) state, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D=None, "
+      "Tensor? z=None, Tensor? dt_bias=None, bool dt_softplus=True, float dt_min=0.0, float? dt_max=None) "
+      "-> Tensor");
+}

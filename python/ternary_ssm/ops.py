@@ -1,0 +1,210 @@
+"""What torch.compile and autograd need to know about torch.ops.ternary.*: fakes and gradients.
+
+Where a GPU has no kernel of ours for an operator, its differentiable form serves there too.
+"""
+
+from collections.abc import Callable
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from . import reference
+
+_OPERATORS = ("quantize", "pack", "unpack", "dequantize", "gemm", "causal_conv1d", "causal_conv1d_update")
+_OPERATORS += ("selective_scan", "selective_scan_update", "ssd", "ssd_update")
+
+
+@torch.library.register_fake("ternary::quantize")
+def _(weight: Tensor, group_size: int, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    n, k = weight.shape
+    scales = (1, 1) if group_size == 0 else (n, k // group_size)
+    return weight.new_empty(n, k // 4, dtype=torch.uint8), weight.new_empty(scales, dtype=scale_dtype)
+
+
+@torch.library.register_fake("ternary::pack")
+def _(ternary: Tensor) -> Tensor:
+    n, k = ternary.shape
+    return ternary.new_empty(n, k // 4, dtype=torch.uint8)
+
+
+@torch.library.register_fake("ternary::unpack")
+def _(codes: Tensor) -> Tensor:
+    n, k = codes.shape
+    return codes.new_empty(n, k * 4, dtype=torch.int8)
+
+
+@torch.library.register_fake("ternary::dequantize")
+def _(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    n, k = codes.shape
+    return codes.new_empty(n, k * 4, dtype=dtype)
+
+
+@torch.library.register_fake("ternary::gemm")
+def _(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None = None) -> Tensor:
+    return x.new_empty(*x.shape[:-1], codes.shape[0])
+
+
+def _save_weight(ctx, inputs, output) -> None:
+    _, codes, scales, bias = inputs
+    ctx.bias_dtype = None if bias is None else bias.dtype
+    ctx.save_for_backward(codes, scales)
+
+
+def _gemm_backward(ctx, dy: Tensor):
+    """Nothing flows to codes and scales: training goes through the latent weight."""
+    dx = dbias = None
+    if ctx.needs_input_grad[0]:
+        weight = torch.ops.ternary.dequantize(*ctx.saved_tensors, torch.float32)
+        dx = (dy.float() @ weight).to(dy.dtype)
+    if ctx.bias_dtype is not None and ctx.needs_input_grad[3]:
+        dbias = dy.float().flatten(0, -2).sum(0).to(ctx.bias_dtype)
+    return dx, None, None, dbias
+
+
+torch.library.register_autograd("ternary::gemm", _gemm_backward, setup_context=_save_weight)
+
+
+def _states(x: Tensor, cu_seqlens: Tensor | None) -> int:
+    """How many sequences, and so states, the batch x has."""
+    return x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+
+
+@torch.library.register_fake("ternary::causal_conv1d")
+def _(x, weight, bias=None, initial_state=None, cu_seqlens=None, silu=True):
+    dtype = x.dtype if initial_state is None else initial_state.dtype
+    final_state = x.new_empty(_states(x, cu_seqlens), weight.shape[1] - 1, x.shape[2], dtype=dtype)
+    return x.new_empty(x.shape), final_state
+
+
+@torch.library.register_fake("ternary::selective_scan")
+def _(
+    x,
+    dt,
+    A,
+    B,
+    C,
+    D=None,
+    z=None,
+    dt_bias=None,
+    dt_softplus=True,
+    initial_state=None,
+    cu_seqlens=None,
+):
+    dtype = torch.float32 if initial_state is None else initial_state.dtype
+    return x.new_empty(x.shape), x.new_empty(_states(x, cu_seqlens), *A.shape, dtype=dtype)
+
+
+@torch.library.register_fake("ternary::ssd")
+def _(
+    x,
+    dt,
+    A,
+    B,
+    C,
+    D=None,
+    z=None,
+    dt_bias=None,
+    dt_softplus=True,
+    dt_min=0.0,
+    dt_max=None,
+    initial_state=None,
+    cu_seqlens=None,
+):
+    dtype = torch.float32 if initial_state is None else initial_state.dtype
+    size = (_states(x, cu_seqlens), *x.shape[2:], B.shape[3])
+    return x.new_empty(x.shape), x.new_empty(size, dtype=dtype)
+
+
+@torch.library.register_fake("ternary::causal_conv1d_update")
+@torch.library.register_fake("ternary::selective_scan_update")
+@torch.library.register_fake("ternary::ssd_update")
+def _(x, *_args, **_options):
+    return x.new_empty(x.shape)
+
+
+def _causal_conv1d(x, weight, bias=None, initial_state=None, cu_seqlens=None, silu=True):
+    """causal_conv1d in a form that autograd sees through: the causal_conv1d package or the reference."""
+    if not x.is_cuda or initial_state is not None or cu_seqlens is not None or not find_spec("causal_conv1d"):
+        return reference.causal_conv1d(x, weight, bias, initial_state, cu_seqlens, silu)
+    from causal_conv1d import causal_conv1d_fn
+
+    y = causal_conv1d_fn(x.transpose(1, 2), weight, bias, activation="silu" if silu else None)
+    history = torch.nn.functional.pad(x, (0, 0, weight.shape[1] - 1, 0))
+    return y.transpose(1, 2), history[:, x.shape[1] :].clone()
+
+
+def _ssd(
+    x,
+    dt,
+    A,
+    B,
+    C,
+    D=None,
+    z=None,
+    dt_bias=None,
+    dt_softplus=True,
+    dt_min=0.0,
+    dt_max=None,
+    initial_state=None,
+    cu_seqlens=None,
+):
+    """ssd in a form that autograd sees through: mamba_ssm's Triton kernels, or else the reference."""
+    if not x.is_cuda or cu_seqlens is not None or not find_spec("mamba_ssm"):
+        options = (D, z, dt_bias, dt_softplus, dt_min, dt_max, initial_state, cu_seqlens)
+        return reference.ssd(x, dt, A, B, C, *options)
+    from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
+
+    y, final_state = mamba_chunk_scan_combined(
+        *(x, dt, A, B, C),
+        chunk_size=256,
+        D=D,
+        z=z,
+        dt_bias=dt_bias,
+        initial_states=initial_state,
+        dt_softplus=dt_softplus,
+        dt_limit=(dt_min, float("inf") if dt_max is None else dt_max),
+        return_final_states=True,
+    )
+    return y, final_state.to(torch.float32 if initial_state is None else initial_state.dtype)
+
+
+def _differentiate(name: str, function: Callable) -> None:
+    """Gives an operator the gradient of `function`, which the backward pass runs again from the inputs."""
+
+    def setup_context(ctx, inputs, output):
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*(v if isinstance(v, Tensor) else None for v in inputs))
+        ctx.options = [None if isinstance(v, Tensor) else v for v in inputs]
+
+    def backward(ctx, *grads):
+        pairs = zip(ctx.saved_tensors, ctx.options, strict=True)
+        inputs = [option if saved is None else saved.detach() for saved, option in pairs]
+        # needs_input_grad is shorter than the inputs: it lacks trailing arguments left at their defaults.
+        wanted = [i for i, needed in enumerate(ctx.needs_input_grad) if needed]
+        with torch.enable_grad():
+            for i in wanted:
+                inputs[i].requires_grad_()
+            outputs = function(*inputs)
+        pairs = [(out, grad) for out, grad in zip(outputs, grads, strict=True) if grad is not None]
+        pairs = [(out, grad) for out, grad in pairs if out.requires_grad]
+        result = [None] * len(ctx.needs_input_grad)
+        if pairs:
+            outputs, grads = zip(*pairs, strict=True)
+            found = torch.autograd.grad(outputs, [inputs[i] for i in wanted], grads, allow_unused=True)
+            for i, grad in zip(wanted, found, strict=True):
+                result[i] = grad
+        return tuple(result)
+
+    torch.library.register_autograd(f"ternary::{name}", backward, setup_context=setup_context)
+
+
+# Operators whose differentiable form is not simply their reference.
+_FUNCTIONS = {"causal_conv1d": _causal_conv1d, "ssd": _ssd}
+
+for _name in ("causal_conv1d", "selective_scan", "ssd"):
+    _differentiate(_name, _FUNCTIONS.get(_name, getattr(reference, _name)))
+
+for _name in _OPERATORS:
+    if not torch._C._dispatch_has_kernel_for_dispatch_key(f"ternary::{_name}", "CUDA"):
+        torch.library.impl(f"ternary::{_name}", "CUDA")(_FUNCTIONS.get(_name, getattr(reference, _name)))

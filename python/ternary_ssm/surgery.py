@@ -1,0 +1,108 @@
+"""Model surgery: quantize_ makes a model's projections ternary for training, pack_ for inference.
+
+quantize_ works by parametrization of `.weight`, not by other modules: transformers and mamba_ssm read
+`in_proj.weight` and `out_proj.weight` raw on their fused paths, and a parametrized weight cannot be bypassed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+
+from torch import nn
+from torch.nn.utils import parametrize
+
+from .config import TernaryConfig
+from .layers import Int8Table, TernaryLinear
+from .models import MambaLM
+from .quantizer import FakeQuantize
+
+FilterFn = Callable[[nn.Module, str], bool]
+
+
+def quantize_(model: nn.Module, config: TernaryConfig, filter_fn: FilterFn | None = None) -> nn.Module:
+    """Makes Linear layers ternary in place for quantization-aware training; returns the model.
+
+    model: a MambaLM, or a Mamba model of transformers or mamba_ssm.
+    filter_fn(module, name): which Linear layers; by default those whose last name is in config.modules.
+    The latent weights become fp32; `layer.weight` is then code * scale in the layer's dtype, with a
+    straight-through gradient (arXiv 2606.18114). Everything else is untouched.
+    Raises ValueError if nothing matches, a layer is quantized already, or the group size does not divide it.
+    """
+    wanted = filter_fn or (lambda module, name: config.selects(name))
+    chosen = [(name, m) for name, m in _linears(model) if wanted(m, name)]
+    if not chosen:
+        raise ValueError(f"no Linear of {type(model).__name__} was chosen, expected names {config.modules}")
+    for name, linear in chosen:
+        if parametrize.is_parametrized(linear, "weight"):
+            raise ValueError(f"{name}.weight is parametrized already, expected a plain weight")
+        try:
+            config.group_of(linear.in_features)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+    for _, linear in chosen:
+        dtype = linear.weight.dtype
+        linear.weight.data = linear.weight.data.float()
+        parametrize.register_parametrization(linear, "weight", FakeQuantize(config, dtype), unsafe=True)
+    return model
+
+
+def pack_(
+    model: nn.Module, config: TernaryConfig | None = None, filter_fn: FilterFn | None = None
+) -> nn.Module:
+    """Replaces quantized layers by TernaryLinear in place, for inference; returns the model.
+
+    After quantize_ it packs what training saw, under the config given there. A dense model is rounded as it
+    stands and needs `config`. The embedding and head of a MambaLM become int8 if the config says so.
+    """
+    quantized = {name: m for name, m in _linears(model) if _fake_quantize(m) is not None}
+    if quantized:
+        configs = {_fake_quantize(m).config for m in quantized.values()}
+        if len(configs) > 1 or (config is not None and configs != {config}):
+            raise ValueError(f"the model was quantized with {configs}, pack_ was given {config}")
+        (config,) = configs
+    elif config is None:
+        raise ValueError("the model is not quantized: quantize_ it first, or give pack_ a config")
+    else:
+        quantize_(model, config, filter_fn)
+        quantized = {name: m for name, m in _linears(model) if _fake_quantize(m) is not None}
+
+    for name, linear in quantized.items():
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, TernaryLinear.from_linear(linear, config))
+    for module in model.modules():
+        if hasattr(module, "use_mem_eff_path"):  # mamba_ssm's Mamba2: its fused kernel wants a float weight
+            module.use_mem_eff_path = False
+    if isinstance(model, MambaLM):
+        _describe(model, config, list(quantized))
+    return model
+
+
+def quantized_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """(name, layer) of every layer that quantize_ or pack_ made ternary."""
+    for name, module in model.named_modules():
+        if isinstance(module, TernaryLinear) or (isinstance(module, nn.Linear) and _fake_quantize(module)):
+            yield name, module
+
+
+def _linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
+    return ((name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear))
+
+
+def _fake_quantize(linear: nn.Linear) -> FakeQuantize | None:
+    if not parametrize.is_parametrized(linear, "weight"):
+        return None
+    last = linear.parametrizations.weight[-1]
+    return last if isinstance(last, FakeQuantize) else None
+
+
+def _describe(model: MambaLM, config: TernaryConfig, names: list[str]) -> None:
+    """Packs the token tables of a MambaLM and tells it what is ternary."""
+    if config.embedding == "int8":
+        for parent, name in ((model.backbone, "embeddings"), (model, "lm_head")):
+            table = getattr(parent, name)
+            if table is not None:
+                setattr(parent, name, Int8Table.from_float(table.weight, config.torch_scale_dtype))
+    if {name for name, _ in _linears(model) if config.selects(name)} or not all(map(config.selects, names)):
+        config = dataclasses.replace(config, modules=tuple(names))  # not what the config's own names say
+    model.ternary = config

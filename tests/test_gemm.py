@@ -1,0 +1,174 @@
+import re
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import ternary_ssm  # noqa: F401
+from ternary_ssm import reference
+
+ops = torch.ops.ternary
+gemm = ops.gemm
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# m, n, k, group; the CPU works on 6 rows, 64 columns and 128 weights at a time, on tiles of at most 144 rows
+SIZES = [
+    (1, 1, 4, 4), (1, 64, 128, 128), (2, 65, 256, 0), (3, 63, 128, 32), (4, 129, 384, 384), (5, 7, 96, 96),
+    (6, 31, 512, 64), (7, 33, 192, 192), (12, 8, 100, 100), (13, 17, 1028, 1028), (144, 5, 64, 32),
+    (145, 130, 160, 160), (300, 96, 256, 128), (0, 8, 32, 32), (8, 0, 32, 32), (1, 300, 2048, 128),
+]  # fmt: skip
+
+
+def problem(m, n, k, group, device="cpu", dtype=torch.float32, scale_dtype=torch.float16, bias=True):
+    codes = reference.pack(torch.randint(-1, 2, (n, k), dtype=torch.int8)).to(device)
+    scales = torch.rand((n, k // group) if group else (1, 1)).to(device, scale_dtype)
+    x = torch.randn(m, k).to(device, dtype)
+    return x, codes, scales, torch.randn(n).to(device, dtype) if bias else None
+
+
+def assert_as_good_as_torch(y: Tensor, x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None):
+    """At most twice as far from float64 as torch is in x's dtype."""
+    weight = reference.dequantize(codes, scales, torch.float64)
+    exact = F.linear(x.double(), weight, None if bias is None else bias.double())
+    torch_y = F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+    assert (y.dtype, y.shape) == (x.dtype, exact.shape)
+    if y.numel():
+        epsilon = torch.finfo(x.dtype).eps * exact.abs().max()
+        error = (y.double() - exact).abs().max()
+        assert error <= 2 * (torch_y.double() - exact).abs().max() + epsilon
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("m, n, k, group", SIZES)
+def test_matches_reference(m, n, k, group, dtype, device):
+    args = problem(m, n, k, group, device, dtype)
+    assert_as_good_as_torch(gemm(*args), *args)
+    torch.testing.assert_close(gemm(*args), reference.gemm(*args), rtol=torch.finfo(dtype).eps * 2, atol=1e-4)
+
+
+@pytest.mark.parametrize("m", [1, 5, 40])
+def test_stays_accurate_over_long_rows(m, device):
+    args = problem(m, 64, 8192, 8192, device, bias=False)
+    assert_as_good_as_torch(gemm(*args), *args)
+
+
+@pytest.mark.parametrize("scale_dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bias_dtype", [None, torch.float32, "x"])
+def test_takes_every_dtype(dtype, scale_dtype, bias_dtype, device):
+    x, codes, scales, bias = problem(3, 65, 256, 128, device, dtype, scale_dtype)
+    bias = None if bias_dtype is None else bias.to(dtype if bias_dtype == "x" else bias_dtype)
+    assert_as_good_as_torch(gemm(x, codes, scales, bias), x, codes, scales, bias)
+
+
+@pytest.mark.parametrize("leading", [(), (1,), (0, 3), (2, 1, 5)])
+def test_takes_any_leading_dimensions(leading, device):
+    _, *weight = problem(1, 65, 64, 32, device)
+    x = torch.randn(*leading, 64, device=device)
+    torch.testing.assert_close(gemm(x, *weight), reference.gemm(x, *weight))
+    strided = torch.randn(64, *leading, device=device).movedim(0, -1)
+    torch.testing.assert_close(gemm(strided, *weight), reference.gemm(strided, *weight))
+
+
+def test_reads_invalid_codes_as_zero(device):
+    x, codes, scales, _ = problem(9, 65, 128, 128, device, bias=False)
+    codes = torch.randint_like(codes, 256)
+    for rows in (x[:1], x):
+        torch.testing.assert_close(gemm(rows, codes, scales), reference.gemm(rows, codes, scales))
+
+
+def test_keeps_rows_apart(device):
+    x, *weight = problem(160, 65, 192, 96, device)
+    expected = gemm(x, *weight)
+    x[[3, 150]] = float("nan")
+    y = gemm(x, *weight)
+    assert y[[3, 150]].isnan().all()
+    y[[3, 150]] = expected[[3, 150]]
+    assert torch.equal(y, expected)
+
+
+@pytest.mark.parametrize("m", [1, 7, 200])
+def test_gives_the_same_bits_for_any_number_of_threads(m):
+    args = problem(m, 700, 256, 128)
+    before = torch.get_num_threads()
+    results = []
+    for threads in range(1, 9):
+        torch.set_num_threads(threads)
+        results.append(gemm(*args))
+    torch.set_num_threads(before)
+    assert all(torch.equal(y, results[0]) for y in results)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gives_the_same_bits_for_any_batch(dtype):
+    x, *weight = problem(200, 130, 320, 160, dtype=dtype)
+    y = gemm(x, *weight)
+    for m in (1, 2, 3, 4, 5, 6, 7, 145):
+        assert torch.equal(gemm(x[:m], *weight), y[:m])
+    assert torch.equal(gemm(x[199], *weight), y[199])
+
+
+def test_every_isa(on_isa):
+    torch.manual_seed(0)
+    problems = [problem(*size, dtype=dtype) for size in SIZES for dtype in DTYPES]
+    for y, args in zip(on_isa([("gemm", args) for args in problems]), problems, strict=True):
+        assert_as_good_as_torch(y, *args)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gradient_matches_reference(dtype, bias, device):
+    x, codes, scales, b = problem(5, 65, 64, 32, device, dtype, bias=bias)
+    x = x.reshape(5, 1, 64)
+    inputs = [t.requires_grad_() for t in (x, b) if t is not None]
+    dy = torch.randn(5, 1, 65, device=device).to(dtype)
+    actual, expected = (
+        torch.autograd.grad(f(x, codes, scales, b), inputs, dy) for f in (gemm, reference.gemm)
+    )
+    torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("needs_grad", [False, True])
+@pytest.mark.parametrize("bias", [True, False])
+def test_is_a_good_citizen(bias, needs_grad, device):
+    x, codes, scales, b = problem(5, 16, 64, 32, device, bias=bias)
+    torch.library.opcheck(gemm.default, (x.requires_grad_(needs_grad), codes, scales, b))
+    torch.library.opcheck(gemm.default, (x[0], codes, scales))
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(x=torch.ones(5, 64, dtype=torch.float64)), "x must be Float, BFloat16 or Half, not Double"),
+        (dict(x=torch.ones(5, 60)), "x must have 64 columns (codes [16, 16]), not 60"),
+        (dict(x=torch.tensor(1.0)), "x must have at least 1 dimension, not 0"),
+        (dict(codes=torch.zeros(16, 16)), "codes must be Byte, not Float"),
+        (dict(codes=torch.zeros(16, dtype=torch.uint8)), "codes must have 2 dimensions, not 1"),
+        (dict(codes=torch.zeros(16, 16, dtype=torch.uint8).T), "codes must be contiguous"),
+        (
+            dict(scales=torch.ones(16, 2, dtype=torch.int32)),
+            "scales must be Float, BFloat16 or Half, not Int",
+        ),
+        (dict(scales=torch.ones(2)), "scales must have 2 dimensions, not 1"),
+        (dict(scales=torch.ones(15, 2)), "scales must be [16, groups] or [1, 1], not [15, 2]"),
+        (dict(scales=torch.ones(16, 5)), "scales [16, 5] must cut the 64 weights of a row into equal groups"),
+        (dict(scales=torch.ones(2, 16).T), "scales must be contiguous"),
+        (dict(bias=torch.ones(15)), "bias must be [16], not [15]"),
+        (dict(bias=torch.ones(16, 1)), "bias must be [16], not [16, 1]"),
+        (dict(bias=torch.ones(32)[::2]), "bias must be contiguous"),
+        (dict(bias=torch.ones(16, dtype=torch.float16)), "bias must be Float as x is, or Float, not Half"),
+    ],
+)
+def test_refuses(change, message, device):
+    args = dict(zip(("x", "codes", "scales", "bias"), problem(5, 16, 64, 32, device), strict=True))
+    with pytest.raises(RuntimeError, match=re.escape(message)):
+        gemm(**args | {name: t.to(device) for name, t in change.items()})
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("moved", ["codes", "scales", "bias"])
+def test_refuses_two_devices(moved):
+    args = dict(zip(("x", "codes", "scales", "bias"), problem(5, 16, 64, 32, "cuda"), strict=True))
+    with pytest.raises(RuntimeError, match="must be on the first argument's device"):
+        gemm(**args | {moved: args[moved].cpu()})
