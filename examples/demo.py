@@ -34,7 +34,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--tokens", type=int, default=100_000, help="training tokens of the distillation")
+    parser.add_argument("--tokens", type=int, default=40_000, help="training tokens of the distillation")
     parser.add_argument("--out", type=Path, default=ROOT / "out" / "demo")
     args = parser.parse_args()
     started = time.time()
@@ -51,7 +51,9 @@ def main() -> None:
     rounded = pack_(MambaLM.from_pretrained(MODEL / "teacher", dtype=torch.float32), ternary)
 
     print(f"3. Distilled for {args.tokens:,} tokens", flush=True)
-    config = DistillConfig(ternary=ternary, tokens=args.tokens, sequence_length=256, batch_size=8)
+    config = DistillConfig(
+        ternary=ternary, tokens=args.tokens, sequence_length=128, batch_size=4, learning_rate=1e-3
+    )
     distill(MODEL / "teacher", MODEL / "sample.txt", args.out, config)
     student = MambaLM.from_pretrained(args.out, dtype=torch.float32)
     shipped = MambaLM.from_pretrained(MODEL / "student", dtype=torch.float32)

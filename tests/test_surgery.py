@@ -12,6 +12,7 @@ from ternary_ssm.reference import ReferenceMode
 from ternary_ssm.surgery import quantized_layers
 
 TERNARY = TernaryConfig(group_size=32)
+HOST_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # the hosts' fused paths are on the GPU alone
 
 
 def own_model(layer: str, **options) -> MambaLM:
@@ -26,10 +27,9 @@ def transformers_model(layer: str) -> nn.Module:
     torch.manual_seed(0)
     shape = {"hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 90, "state_size": 16}
     if layer == "Mamba1":
-        return transformers.MambaForCausalLM(transformers.MambaConfig(**shape))
-    return transformers.Mamba2ForCausalLM(
-        transformers.Mamba2Config(**shape, num_heads=2, head_dim=64, n_groups=1)
-    )
+        return transformers.MambaForCausalLM(transformers.MambaConfig(**shape)).to(HOST_DEVICE)
+    config = transformers.Mamba2Config(**shape, num_heads=2, head_dim=64, n_groups=1)
+    return transformers.Mamba2ForCausalLM(config).to(HOST_DEVICE)
 
 
 def mamba_ssm_model(layer: str) -> nn.Module:
@@ -39,7 +39,7 @@ def mamba_ssm_model(layer: str) -> nn.Module:
 
     torch.manual_seed(0)
     config = Config(d_model=64, n_layer=2, vocab_size=90, ssm_cfg={"layer": layer, "d_state": 16})
-    return MambaLMHeadModel(config, device="cuda", dtype=torch.float32)
+    return MambaLMHeadModel(config, device=HOST_DEVICE, dtype=torch.float32)
 
 
 HOSTS = [

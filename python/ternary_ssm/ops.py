@@ -123,9 +123,15 @@ def _(x, *_args, **_options):
     return x.new_empty(x.shape)
 
 
+def _serves(package: str, x: Tensor, cu_seqlens: Tensor | None) -> bool:
+    """Whether another package's GPU kernels take x: in 16 bits alone, since they multiply fp32 as tf32."""
+    return x.is_cuda and x.itemsize == 2 and x.numel() > 0 and cu_seqlens is None and bool(find_spec(package))
+
+
 def _causal_conv1d(x, weight, bias=None, initial_state=None, cu_seqlens=None, silu=True):
     """causal_conv1d in a form that autograd sees through: the causal_conv1d package or the reference."""
-    if not x.is_cuda or initial_state is not None or cu_seqlens is not None or not find_spec("causal_conv1d"):
+    fits = x.shape[2] % 8 == 0 and weight.shape[1] in (2, 3, 4) and initial_state is None
+    if not fits or not _serves("causal_conv1d", x, cu_seqlens):
         return reference.causal_conv1d(x, weight, bias, initial_state, cu_seqlens, silu)
     from causal_conv1d import causal_conv1d_fn
 
@@ -150,7 +156,7 @@ def _ssd(
     cu_seqlens=None,
 ):
     """ssd in a form that autograd sees through: mamba_ssm's Triton kernels, or else the reference."""
-    if not x.is_cuda or cu_seqlens is not None or not find_spec("mamba_ssm"):
+    if not _serves("mamba_ssm", x, cu_seqlens):
         options = (D, z, dt_bias, dt_softplus, dt_min, dt_max, initial_state, cu_seqlens)
         return reference.ssd(x, dt, A, B, C, *options)
     from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined

@@ -85,7 +85,7 @@ def causal_conv1d(
     y = sum(history[:, i : i + l] * weight[:, i].to(acc) for i in range(width))
     if bias is not None:
         y = y + bias.to(acc)
-    return (F.silu(y) if silu else y).to(x.dtype), history[:, l:].to(initial_state.dtype)
+    return (F.silu(y) if silu else y).to(x.dtype), history[:, l:].to(initial_state.dtype, copy=True)
 
 
 def causal_conv1d_update(
