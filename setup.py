@@ -16,7 +16,9 @@ class CMakeBuild(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         source = Path(__file__).parent.resolve()
-        package = Path(self.get_ext_fullpath(ext.name)).resolve().parent
+        packages = [Path(self.get_ext_fullpath(ext.name)).resolve().parent]
+        if self.editable_mode:  # of itself setuptools copies _C alone to the sources
+            packages.append(source / "python" / "ternary_ssm")
         build = source / "build" / f"cmake-{sys.implementation.cache_tag}"
         configure = [
             *("cmake", "-S", source, "-B", build, "-G", "Ninja"),
@@ -28,7 +30,8 @@ class CMakeBuild(build_ext):
         ]
         subprocess.run(configure, check=True)
         subprocess.run(["cmake", "--build", build], check=True)
-        subprocess.run(["cmake", "--install", build, "--prefix", package], check=True)
+        for package in packages:
+            subprocess.run(["cmake", "--install", build, "--prefix", package], check=True)
 
 
 setup(ext_modules=[Extension("ternary_ssm._C", sources=[])], cmdclass={"build_ext": CMakeBuild})

@@ -9,20 +9,23 @@ public domain.
 """
 
 import argparse
+import json
 import math
+import shutil
 import time
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer
 
-from ternary_ssm import MambaLM, TernaryConfig, pack_
+from ternary_ssm import _C, MambaLM, TernaryConfig, pack_
 from ternary_ssm.data import load_tokens
 from ternary_ssm.distill import DistillConfig, distill
 from ternary_ssm.evaluate import nats_per_token
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "models" / "tiny-english"
+OUT = ROOT / "out" / "demo"
 PROMPT = "It was a cold morning when the old man"
 
 
@@ -35,9 +38,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--tokens", type=int, default=40_000, help="training tokens of the distillation")
-    parser.add_argument("--out", type=Path, default=ROOT / "out" / "demo")
     args = parser.parse_args()
     started = time.time()
+    shutil.rmtree(OUT, ignore_errors=True)  # of an earlier demonstration
     ternary = TernaryConfig(group_size=128, embedding="int8")
 
     print(f"1. The teacher, {MODEL / 'teacher'}", flush=True)
@@ -54,20 +57,22 @@ def main() -> None:
     config = DistillConfig(
         ternary=ternary, tokens=args.tokens, sequence_length=128, batch_size=4, learning_rate=1e-3
     )
-    distill(MODEL / "teacher", MODEL / "sample.txt", args.out, config)
-    student = MambaLM.from_pretrained(args.out, dtype=torch.float32)
+    distill(MODEL / "teacher", MODEL / "sample.txt", OUT, config)
+    student = MambaLM.from_pretrained(OUT, dtype=torch.float32)
     shipped = MambaLM.from_pretrained(MODEL / "student", dtype=torch.float32)
 
+    results = []
     print(f"\n{'model':44}{'perplexity':>12}{'size, MB':>12}")
     rows = [
         ("FP16 teacher", teacher, megabytes(MODEL / "teacher")),
-        ("ternary, rounded without training", rounded, megabytes(args.out)),
-        (f"ternary, distilled here on {args.tokens:,} tokens", student, megabytes(args.out)),
+        ("ternary, rounded without training", rounded, megabytes(OUT)),
+        (f"ternary, distilled here on {args.tokens:,} tokens", student, megabytes(OUT)),
         ("ternary, the shipped student", shipped, megabytes(MODEL / "student")),
     ]
     for name, model, size in rows:
         perplexity = math.exp(nats_per_token(model, held_out, sequence_length=512, batch_size=8))
         print(f"{name:44}{perplexity:12.1f}{size:12.2f}", flush=True)
+        results.append({"model": name, "perplexity": round(perplexity, 2), "size_mb": round(size, 2)})
 
     ids = torch.tensor([tokenizer.encode(PROMPT).ids])
     for name, model in (
@@ -77,7 +82,11 @@ def main() -> None:
     ):
         text = tokenizer.decode(model.generate(ids, 60, temperature=0.7, top_p=0.9, seed=1)[0].tolist())
         print(f"\n[{name}] {text}")
-    print(f"\n{time.time() - started:.0f} s. Plot: {args.out / 'plot.png'}")
+    seconds = round(time.time() - started)
+    header = {"command": "make demo", "tokens": args.tokens, "seconds": seconds, "torch": torch.__version__}
+    header |= {"cpu_isa": _C.cpu_isa(), "threads": torch.get_num_threads()}
+    (OUT / "results.json").write_text(json.dumps(header | {"results": results}, indent=2) + "\n")
+    print(f"\n{seconds} s. Plot: {OUT / 'plot.png'}, figures: {OUT / 'results.json'}")
     print(
         f'Next: ternary-ssm generate --model {MODEL / "student"} --prompt "Once upon a time" '
         "--temperature 0.8"

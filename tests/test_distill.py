@@ -379,7 +379,15 @@ def test_a_checkpoint_gets_its_name_when_it_is_whole(tmp_path, monkeypatch):
     assert replaced == ["step-000000000.pt"] == [p.name for p in (tmp_path / "checkpoints").iterdir()]
 
 
-def test_a_second_signal_acts_at_once():
+@pytest.fixture
+def interruptible():
+    """Python's own handler of Ctrl-C, which a process started in the background does not have."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_a_second_signal_acts_at_once(interruptible):
     with pytest.raises(KeyboardInterrupt), runs.deferred_signals() as signals:
         os.kill(os.getpid(), signal.SIGINT)
         assert signals == [signal.SIGINT]
