@@ -17,7 +17,7 @@ WIDTHS = {"130m": 768, "370m": 1024, "780m": 1536, "1.3b": 2048, "2.7b": 2560}
 PROJECTIONS = [
     shape for d in WIDTHS.values() for shape in ((2 * 2 * d + 2 * 128 + 2 * d // 64, d), (d, 2 * d))
 ]
-ROWS = [1, 2, 7, 8, 9, 15, 16, 17, 63, 64, 65, 255, 256, 257]
+ROWS = [1, 2, 7, 8, 9, 15, 16, 17, 63, 64, 65, 127, 128, 129, 255, 256, 257, 513]
 H200 = 132  # multiprocessors
 
 
@@ -75,7 +75,7 @@ def test_gemm_of_the_published_models(n, k, dtype):
 @pytest.mark.parametrize("group", [32, 64, 96, 128, 192, 256, 384, 768, 0])
 def test_gemm_of_every_group(group, scale_dtype):
     codes, scales = weight(395, 768, group, scale_dtype)
-    for m, dtype in ((1, BF16), (8, F16), (9, BF16), (16, F16), (40, BF16), (3, F32)):
+    for m, dtype in ((1, BF16), (8, F16), (9, BF16), (16, F16), (17, BF16), (64, F16), (200, BF16), (3, F32)):
         assert_as_good_as_torch(rows_of_x(m, 768, dtype), codes, scales)
 
 
@@ -84,7 +84,7 @@ def test_gemm_of_every_group(group, scale_dtype):
 @pytest.mark.parametrize("n", [1, 15, 16, 17, 129, 2113])
 def test_gemm_of_ragged_sizes(n, k):
     codes, scales = weight(n, k, k)
-    for m, dtype in ((1, F16), (8, BF16), (17, F16), (2, F32)):
+    for m, dtype in ((1, F16), (8, BF16), (16, BF16), (17, F16), (64, BF16), (129, F16), (2, F32)):
         assert_as_good_as_torch(rows_of_x(m, k, dtype), codes, scales)
     assert_as_good_as_torch(rows_of_x(3, k, BF16), *weight(n, k, 0))
 
@@ -92,8 +92,10 @@ def test_gemm_of_ragged_sizes(n, k):
 @gpu
 def test_gemm_of_a_long_vocabulary():
     codes, scales = weight(50288, 768, 128)
-    for m in (1, 12):
+    for m in (1, 12, 100):
         assert_as_good_as_torch(rows_of_x(m, 768, BF16), codes, scales)
+    for m, k in ((8, 5120), (16, 4096)):  # as many tiles a block as shared memory holds
+        assert_as_good_as_torch(rows_of_x(m, k, BF16), *weight(20000, k, 32))
 
 
 @gpu
@@ -118,7 +120,7 @@ def test_gemm_of_misaligned_views(dtype):
 @gpu
 def test_gemm_keeps_rows_apart():
     codes, scales = weight(65, 256, 128)
-    for m in (2, 8, 16, 33):
+    for m in (2, 8, 16, 33, 70, 200):
         x = rows_of_x(m, 256, BF16)
         expected = ops.gemm(x, codes, scales)
         x[1] = torch.inf
@@ -156,9 +158,10 @@ def test_a_chain_waits_for_what_it_reads():
 
 
 @gpu
-def test_graph_replays():
+@pytest.mark.parametrize("m", [3, 64])
+def test_graph_replays(m):
     codes, scales = weight(2048, 2048, 128)
-    x = torch.randn(3, 2048, device="cuda", dtype=BF16) * 0.01
+    x = torch.randn(m, 2048, device="cuda", dtype=BF16) * 0.01
     dense = torch.randn(64, 128, device="cuda")
 
     def run():
@@ -177,6 +180,23 @@ def test_graph_replays():
         graph.replay()
         for a, b in zip(captured, run(), strict=True):
             assert torch.equal(a, b)
+
+
+@gpu
+def test_two_streams_share_no_workspace():
+    """Blocks that share a tile leave their parts for each other: launches side by side must not mix them."""
+    codes, scales = weight(8512, 2048, 128)
+    xs = [rows_of_x(m, 2048, BF16) for m in (64, 100, 64, 300)]
+    expected = [ops.gemm(x, codes, scales) for x in xs]
+    streams = [torch.cuda.Stream() for _ in xs]
+    torch.cuda.synchronize()
+    for _ in range(10):
+        results = []
+        for x, stream in zip(xs * 5, streams * 5, strict=True):
+            with torch.cuda.stream(stream):
+                results.append(ops.gemm(x, codes, scales))
+        torch.cuda.synchronize()
+        assert all(torch.equal(a, b) for a, b in zip(results, expected * 5, strict=True))
 
 
 @gpu
@@ -226,22 +246,37 @@ def test_pack_takes_signs():
 
 def test_gemm_plan_of_the_published_models():
     for n, k in PROJECTIONS:
-        for m in (1, 8, 9, 16, 64, 4096):
-            for group in (32, 64, 128, 256, k):
+        for group in (32, 64, 128, 256, k):
+            for m in (1, 8, 9, 16):
                 plan = _C.gemm_plan(m, n, k, group, False, True, H200)
-                assert plan["kernel"] == "stream"
+                if (m, k) == (9, 5120) or (m, k) == (16, 5120):
+                    assert plan["kernel"] == "tile"
+                    continue
+                assert plan["kernel"] == "stream" and plan["rows_of_x"] == (8 if m <= 8 else 16)
                 assert plan["span"] == min(group, 128) and group % plan["span"] == 0
-                assert 256 * plan["warps"] >= k > 256 * (plan["warps"] - 1)
+                assert plan["chunk"] * plan["warps"] >= k > plan["chunk"] * (plan["warps"] - 1)
                 assert 16 * plan["blocks"] * plan["tiles"] >= n > 16 * plan["blocks"] * (plan["tiles"] - 1)
-                assert plan["column_tiles"] * plan["warps"] <= 32  # registers
+                assert plan["rows_of_x"] * plan["chunk"] * plan["warps"] <= 16 * 256 * 16  # registers
+            for m in (17, 32, 33, 64, 65, 128, 4096):
+                plan = _C.gemm_plan(m, n, k, group, False, True, H200)
+                assert plan["kernel"] == "tile" and plan["span"] == min(group, 128)
+                assert plan["rows_of_x"] in (32, 64, 128) and (m >= 64 or plan["rows_of_x"] < 2 * m)
+                assert plan["tiles"] == -(-n // 128) * -(-m // plan["rows_of_x"])
+                assert plan["steps"] == -(-k // 128)
+                assert 1 <= plan["blocks"] <= min(H200, plan["tiles"] * plan["steps"])
 
 
 @pytest.mark.parametrize(
-    "sizes", [(1, 8, 100, 100), (1, 8, 5184, 128), (1, 8, 128, 16), (1, 2**27, 256, 128)], ids=str
+    "sizes", [(1, 8, 100, 100), (17, 8, 100, 100), (1, 8, 128, 16), (1, 2**27, 256, 128)]
 )
 def test_gemm_plan_of_the_rest(sizes):
     assert _C.gemm_plan(*sizes, False, True, H200)["kernel"] == "plain"
     assert _C.gemm_plan(1, 64, 128, 128, False, False, H200)["kernel"] == "plain"  # misaligned, or fp32
+
+
+def test_gemm_plan_of_long_rows():
+    assert _C.gemm_plan(8, 64, 5120, 128, False, True, H200)["kernel"] == "stream"
+    assert _C.gemm_plan(8, 64, 5184, 64, False, True, H200)["kernel"] == "tile"
 
 
 def test_gemm_plan_covers_every_row():

@@ -1,6 +1,7 @@
 """quantize_ and pack_ on our models, transformers' and mamba_ssm's."""
 
 import copy
+import sys
 
 import pytest
 import torch
@@ -28,7 +29,9 @@ def transformers_model(layer: str) -> nn.Module:
     shape = {"hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 90, "state_size": 16}
     if layer == "Mamba1":
         return transformers.MambaForCausalLM(transformers.MambaConfig(**shape)).to(HOST_DEVICE)
-    config = transformers.Mamba2Config(**shape, num_heads=2, head_dim=64, n_groups=1)
+    config = transformers.Mamba2Config(
+        **shape, num_heads=8, head_dim=16, n_groups=1
+    )  # strides causal_conv1d takes
     return transformers.Mamba2ForCausalLM(config).to(HOST_DEVICE)
 
 
@@ -97,6 +100,8 @@ def test_no_path_of_the_host_sees_the_latent_weight(model, train):
 
 
 def test_gradients_go_straight_through_to_fp32_latents(model):
+    if "mamba_ssm" in type(model).__module__ and not hasattr(sys.modules["selective_scan_cuda"], "bwd"):
+        pytest.skip("this selective_scan_cuda has the forward pass alone")
     quantize_(model.to(torch.bfloat16) if isinstance(model, MambaLM) else model, TERNARY)
     logits(model).float().square().mean().backward()
     for name, latent in latents(model).items():

@@ -14,10 +14,11 @@ static py::dict gemm_plan(int64_t m, int64_t n, int64_t k, int64_t group, bool o
                           int sms) {
   using namespace ternary::sm90;
   const GemmPlan plan = plan_gemm(m, n, k, group, one_scale, aligned, sms);
-  return py::dict(py::arg("kernel") = plan.kernel == GemmKernel::stream ? "stream" : "plain",
-                  py::arg("span") = plan.span, py::arg("column_tiles") = plan.column_tiles,
+  const char* kernels[] = {"plain", "stream", "tile"};
+  return py::dict(py::arg("kernel") = kernels[static_cast<int>(plan.kernel)], py::arg("span") = plan.span,
+                  py::arg("rows_of_x") = plan.rows_of_x, py::arg("chunk") = plan.chunk,
                   py::arg("warps") = plan.warps, py::arg("blocks") = plan.blocks,
-                  py::arg("tiles") = plan.tiles);
+                  py::arg("tiles") = plan.tiles, py::arg("steps") = plan.steps);
 }
 
 PYBIND11_MODULE(_C, m) {

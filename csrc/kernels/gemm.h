@@ -20,8 +20,9 @@ struct GemmArgs {
   DType scale_type;
   DType bias_type;
   int64_t m, n, k;
-  int64_t group;   // weights that share a scale, a multiple of 4; k where one_scale
-  bool one_scale;  // one for the whole matrix
+  int64_t group;              // weights that share a scale, a multiple of 4; k where one_scale
+  bool one_scale;             // one for the whole matrix
+  void* workspace = nullptr;  // on sm90
 };
 
 // How the CPU kernel cuts y, in tiles counted along a row of tiles first.
@@ -41,5 +42,6 @@ TERNARY_INLINE GemmTiles gemm_tiles(const GemmArgs& a) {
 
 void gemm_cpu(const GemmArgs& args, int64_t begin, int64_t end);  // tiles begin .. end of down * across
 int gemm_sm90(const GemmArgs& args, CUstream_st* stream);         // returns a cudaError_t
+int gemm_workspace_sm90(const GemmArgs& args, int64_t* bytes);    // that gemm_sm90 needs; a cudaError_t
 
 }  // namespace ternary

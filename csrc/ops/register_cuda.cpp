@@ -20,6 +20,16 @@ static void run(const Args& args, const Tensor& t) {
   STD_CUDA_CHECK(cudaError_t(launch(args, current_stream(t))));
 }
 
+static void run_gemm(const GemmArgs& args, const Tensor& y) {
+  const torch::stable::accelerator::DeviceGuard guard(y.get_device_index());
+  int64_t bytes = 0;
+  STD_CUDA_CHECK(cudaError_t(gemm_workspace_sm90(args, &bytes)));
+  const Tensor workspace = torch::stable::new_empty(y, {bytes}, ScalarType::Byte);
+  GemmArgs with_workspace = args;
+  with_workspace.workspace = workspace.mutable_data_ptr();
+  run<GemmArgs, gemm_sm90>(with_workspace, y);
+}
+
 }  // namespace ternary
 
 STABLE_TORCH_LIBRARY_IMPL(ternary, CUDA, m) {
@@ -28,5 +38,5 @@ STABLE_TORCH_LIBRARY_IMPL(ternary, CUDA, m) {
   m.impl("pack", TORCH_BOX((&pack<run<PackArgs, pack_sm90>>)));
   m.impl("unpack", TORCH_BOX((&unpack<run<UnpackArgs, unpack_sm90>>)));
   m.impl("dequantize", TORCH_BOX((&dequantize<run<DequantizeArgs, dequantize_sm90>>)));
-  m.impl("gemm", TORCH_BOX((&gemm<run<GemmArgs, gemm_sm90>>)));
+  m.impl("gemm", TORCH_BOX((&gemm<run_gemm>)));
 }

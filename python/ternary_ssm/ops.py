@@ -130,7 +130,8 @@ def _serves(package: str, x: Tensor, cu_seqlens: Tensor | None) -> bool:
 
 def _causal_conv1d(x, weight, bias=None, initial_state=None, cu_seqlens=None, silu=True):
     """causal_conv1d in a form that autograd sees through: the causal_conv1d package or the reference."""
-    fits = x.shape[2] % 8 == 0 and weight.shape[1] in (2, 3, 4) and initial_state is None
+    aligned = all(size % 8 == 0 for size in (x.shape[2], *x.stride()[:2])) and x.stride(2) == 1
+    fits = aligned and weight.shape[1] in (2, 3, 4) and initial_state is None
     if not fits or not _serves("causal_conv1d", x, cu_seqlens):
         return reference.causal_conv1d(x, weight, bias, initial_state, cu_seqlens, silu)
     from causal_conv1d import causal_conv1d_fn

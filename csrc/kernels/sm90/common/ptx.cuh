@@ -1,6 +1,7 @@
 // The instructions that CUDA C++ has no name for, one function each.
 #pragma once
 
+#include <cuda.h>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -59,5 +60,186 @@ __device__ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0,
 TERNARY_MMA(__nv_bfloat16, "bf16")
 TERNARY_MMA(__half, "f16")
 #undef TERNARY_MMA
+
+// Barriers in shared memory: a phase ends when `count` threads have arrived and all expected bytes have.
+__device__ inline void init_barrier(uint64_t* barrier, int count) {
+  asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(count) : "memory");
+}
+
+// Shows the barriers to the copy engine.
+__device__ inline void fence_barriers() {
+  asm volatile("fence.mbarrier_init.release.cluster;\nfence.proxy.async.shared::cta;" ::: "memory");
+}
+
+// Arrives, and adds to the bytes that the phase waits for.
+__device__ inline void set_expected_bytes(uint64_t* barrier, uint32_t bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
+               : "memory");
+}
+
+// The warp arrives as one.
+__device__ inline void release(uint64_t* barrier) {
+  __syncwarp();
+  if (threadIdx.x % 32 == 0)
+    asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
+}
+
+// Waits until the phase of this parity is over. Phases count from 0.
+__device__ inline void wait_for_phase(uint64_t* barrier, int parity) {
+  asm volatile(
+      "{\n"
+      ".reg .pred over;\n"
+      "again:\n"
+      "mbarrier.try_wait.parity.shared.b64 over, [%0], %1;\n"
+      "@!over bra again;\n"
+      "}" ::"r"(shared_address(barrier)),
+      "r"(parity)
+      : "memory");
+}
+
+// Starts the copy of a box of a tensor of two dimensions; its bytes arrive at the barrier.
+__device__ inline void copy_tile_async(void* smem, const CUtensorMap& from, int column, int row,
+                                       uint64_t* barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
+      "[%0], [%1, {%2, %3}], [%4];" ::"r"(shared_address(smem)),
+      "l"(&from), "r"(column), "r"(row), "r"(shared_address(barrier))
+      : "memory");
+}
+
+// Of a warpgroup: how many registers a thread has from here on.
+template <int kRegisters>
+__device__ void give_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+template <int kRegisters>
+__device__ void take_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+
+// The 128 threads of a warpgroup wait for each other.
+__device__ inline void sync_warpgroup(int group) {
+  asm volatile("bar.sync %0, 128;" ::"r"(group + 1) : "memory");
+}
+
+__device__ inline void store_release(uint64_t* to, uint64_t value) {
+  asm volatile("st.release.gpu.global.u64 [%0], %1;" ::"l"(to), "l"(value) : "memory");
+}
+__device__ inline uint64_t load_acquire(const uint64_t* from) {
+  uint64_t value;
+  asm volatile("ld.acquire.gpu.global.u64 %0, [%1];" : "=l"(value) : "l"(from) : "memory");
+  return value;
+}
+
+// Stores four 8 x 8 matrices of halves transposed. A lane has two neighbours of a row of each; its address is
+// where row lane % 8 of matrix lane / 8 of the transposed goes.
+__device__ inline void store_matrices_transposed(void* smem, const uint32_t (&pairs)[4]) {
+  asm volatile(
+      "stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(smem)),
+      "r"(pairs[0]), "r"(pairs[1]), "r"(pairs[2]), "r"(pairs[3])
+      : "memory");
+}
+
+// The products of a warpgroup run beside it, in groups that it opens, closes and waits for. The sums and A
+// are registers that the compiler must leave alone until then: naming them in an empty asm keeps them in
+// place.
+template <int n>
+__device__ void keep(float (&sums)[n]) {
+#pragma unroll
+  for (int i = 0; i < n; ++i) asm volatile("" : "+f"(sums[i])::"memory");
+}
+__device__ inline void keep(uint32_t (&frag)[4][4]) {
+#pragma unroll
+  for (int i = 0; i < 16; ++i) asm volatile("" : "+r"(frag[i / 4][i % 4])::"memory");
+}
+__device__ inline void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ inline void commit_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int kGroups>
+__device__ void wait_for_products() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kGroups) : "memory");
+}
+
+// B in shared memory: rows of 128 bytes, the pieces of 16 swizzled in blocks of eight rows.
+__device__ inline uint64_t swizzled_matrix(const void* smem) {
+  return uint64_t{1} << 62 | uint64_t{1024 / 16} << 32 | uint64_t{1} << 16 |
+         uint64_t{(shared_address(smem) & 0x3FFFF) / 16};
+}
+
+// d (+)= a b: a [64, 16] in registers, b [16, 2 kSums] in shared memory, d [64, 2 kSums]; fresh where not
+// `add`.
+template <class Element, int kSums>
+__device__ void wgmma_m64k16(float (&d)[kSums], const uint32_t (&a)[4], uint64_t b, bool add);
+
+#define TERNARY_WGMMA_16(Element, name)                                                                   \
+  template <>                                                                                             \
+  __device__ inline void wgmma_m64k16<Element, 16>(float (&d)[16], const uint32_t (&a)[4], uint64_t b,    \
+                                                   bool add) {                                            \
+    asm volatile(                                                                                         \
+        "{\n.reg .pred add;\nsetp.ne.b32 add, %21, 0;\n"                                                  \
+        "wgmma.mma_async.sync.aligned.m64n32k16.f32." name "." name                                       \
+        " {"                                                                                              \
+        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, "                         \
+        "{%16, %17, %18, %19}, %20, add, 1, 1, 0;\n}"                                                     \
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]), \
+          "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]),        \
+          "+f"(d[15])                                                                                     \
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int{add})                               \
+        : "memory");                                                                                      \
+  }
+TERNARY_WGMMA_16(__nv_bfloat16, "bf16")
+TERNARY_WGMMA_16(__half, "f16")
+#undef TERNARY_WGMMA_16
+
+#define TERNARY_WGMMA_32(Element, name)                                                                   \
+  template <>                                                                                             \
+  __device__ inline void wgmma_m64k16<Element, 32>(float (&d)[32], const uint32_t (&a)[4], uint64_t b,    \
+                                                   bool add) {                                            \
+    asm volatile(                                                                                         \
+        "{\n.reg .pred add;\nsetp.ne.b32 add, %37, 0;\n"                                                  \
+        "wgmma.mma_async.sync.aligned.m64n64k16.f32." name "." name                                       \
+        " {"                                                                                              \
+        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                          \
+        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "               \
+        "{%32, %33, %34, %35}, %36, add, 1, 1, 0;\n}"                                                     \
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]), \
+          "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]),        \
+          "+f"(d[15]), "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]),      \
+          "+f"(d[22]), "+f"(d[23]), "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]),      \
+          "+f"(d[29]), "+f"(d[30]), "+f"(d[31])                                                           \
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int{add})                               \
+        : "memory");                                                                                      \
+  }
+TERNARY_WGMMA_32(__nv_bfloat16, "bf16")
+TERNARY_WGMMA_32(__half, "f16")
+#undef TERNARY_WGMMA_32
+
+#define TERNARY_WGMMA_64(Element, name)                                                                   \
+  template <>                                                                                             \
+  __device__ inline void wgmma_m64k16<Element, 64>(float (&d)[64], const uint32_t (&a)[4], uint64_t b,    \
+                                                   bool add) {                                            \
+    asm volatile(                                                                                         \
+        "{\n.reg .pred add;\nsetp.ne.b32 add, %69, 0;\n"                                                  \
+        "wgmma.mma_async.sync.aligned.m64n128k16.f32." name "." name                                      \
+        " {"                                                                                              \
+        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                          \
+        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "                \
+        "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "                \
+        "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "               \
+        "{%64, %65, %66, %67}, %68, add, 1, 1, 0;\n}"                                                     \
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]), \
+          "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]),        \
+          "+f"(d[15]), "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]),      \
+          "+f"(d[22]), "+f"(d[23]), "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]),      \
+          "+f"(d[29]), "+f"(d[30]), "+f"(d[31]), "+f"(d[32]), "+f"(d[33]), "+f"(d[34]), "+f"(d[35]),      \
+          "+f"(d[36]), "+f"(d[37]), "+f"(d[38]), "+f"(d[39]), "+f"(d[40]), "+f"(d[41]), "+f"(d[42]),      \
+          "+f"(d[43]), "+f"(d[44]), "+f"(d[45]), "+f"(d[46]), "+f"(d[47]), "+f"(d[48]), "+f"(d[49]),      \
+          "+f"(d[50]), "+f"(d[51]), "+f"(d[52]), "+f"(d[53]), "+f"(d[54]), "+f"(d[55]), "+f"(d[56]),      \
+          "+f"(d[57]), "+f"(d[58]), "+f"(d[59]), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63])       \
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int{add})                               \
+        : "memory");                                                                                      \
+  }
+TERNARY_WGMMA_64(__nv_bfloat16, "bf16")
+TERNARY_WGMMA_64(__half, "f16")
+#undef TERNARY_WGMMA_64
 
 }  // namespace ternary::sm90

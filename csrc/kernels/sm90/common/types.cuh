@@ -30,6 +30,13 @@ __device__ inline __nv_bfloat16 from_float<__nv_bfloat16>(float v) {
   return __float2bfloat16_rn(v);
 }
 
+// Two neighbours as they lie in memory.
+template <class Element>
+__device__ uint32_t pack(Element first, Element second) {
+  const uint16_t low = *reinterpret_cast<const uint16_t*>(&first);
+  return low | uint32_t{*reinterpret_cast<const uint16_t*>(&second)} << 16;
+}
+
 // Element i of `from`.
 __device__ inline float load_float(const void* from, DType type, int64_t i) {
   if (type == DType::f32) return static_cast<const float*>(from)[i];
