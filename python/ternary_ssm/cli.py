@@ -1,4 +1,4 @@
-"""The command ternary-ssm: generate, inspect, quantize, distill."""
+"""The command ternary-ssm: generate, inspect, quantize, distill, export."""
 
 from __future__ import annotations
 
@@ -121,7 +121,9 @@ def _inspect(args: argparse.Namespace) -> None:
         aligned = [cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)]
         print("  ".join([name.ljust(widths[0]), *aligned]).rstrip())
 
-    files = [f for f in Path(args.model).iterdir() if f.suffix in (".safetensors", ".bin", ".gguf")]
+    path = Path(args.model)
+    entries = path.iterdir() if path.is_dir() else [path]
+    files = [f for f in entries if f.suffix in (".safetensors", ".bin", ".gguf")]
     on_disk = sum(f.stat().st_size for f in files)
     ternary = model.ternary and f"ternary, group size {model.ternary.group_size}"
     print(f"\n{model.config.ssm_cfg['layer']}, {model.config.n_layer} layers, {ternary or 'dense'}")
@@ -188,11 +190,32 @@ def _distill(args: argparse.Namespace) -> None:
     distill(args.teacher, args.data, args.out, config, eval_data=args.eval_data, resume=args.resume)
 
 
+def _export_arguments(parser: argparse.ArgumentParser) -> None:
+    from .checkpoints.gguf import TYPES
+
+    parser.add_argument("model", metavar="DIR", help="the model and its tokenizer.json")
+    parser.add_argument("out", metavar="FILE.gguf")
+    words = "of the weights; default: tq2_0 if the model is ternary, else f16"
+    parser.add_argument("--type", choices=TYPES, help=words)
+
+
+def _export(args: argparse.Namespace) -> None:
+    """Write a model as one file for llama.cpp."""
+    from .checkpoints import gguf
+
+    if not args.out.endswith(".gguf"):
+        raise ValueError(f"{args.out}: expected a file name that ends in .gguf")
+    model = _load(args.model)
+    kind = args.type or ("f16" if model.ternary is None else "tq2_0")
+    gguf.write(args.out, model.config, model.ternary, model.state_dict(), Path(args.model), kind)
+
+
 _COMMANDS = {
     "generate": (_generate_arguments, _generate),
     "inspect": (_inspect_arguments, _inspect),
     "quantize": (_quantize_arguments, _quantize),
     "distill": (_distill_arguments, _distill),
+    "export": (_export_arguments, _export),
 }
 
 
@@ -218,7 +241,8 @@ def _load(directory: str, device: torch.device | str = "cpu", dtype: str | None 
 def _tokenizer(directory: str) -> Tokenizer:
     from tokenizers import Tokenizer
 
-    path = Path(directory) / "tokenizer.json"
+    path = Path(directory)
+    path = (path.parent if path.is_file() else path) / "tokenizer.json"  # beside a .gguf
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file, expected the model's tokenizer")
     try:

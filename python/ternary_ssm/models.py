@@ -175,13 +175,13 @@ class MambaLM(nn.Module):
     def from_pretrained(
         cls, directory: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
     ) -> MambaLM:
-        """Loads a directory of transformers (Mamba, Mamba-2), mamba_ssm or this package.
+        """Loads a directory of transformers (Mamba, Mamba-2), mamba_ssm or this package, or a .gguf file.
 
         dtype: of the activations and the dense weights; as stored by default.
         Raises CheckpointError, which names the file or tensor, what was expected and what was found.
         """
         checkpoint = checkpoints.load(directory)
-        with checkpoints.reading(checkpoint.directory / "config.json"):  # sizes that do not fit together
+        with checkpoints.reading(checkpoint.settings):  # sizes that do not fit together
             model = cls(checkpoint.config, checkpoint.ternary, "meta", dtype or checkpoint.dtype)
         checkpoints.assign(model, checkpoint, device)
         model.source = checkpoint.directory

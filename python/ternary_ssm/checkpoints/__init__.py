@@ -1,4 +1,5 @@
-"""Checkpoints: a directory <-> (config, ternary config, tensors by name), in the layouts of two libraries.
+"""Checkpoints: a directory <-> (config, ternary config, tensors by name), in the layouts of two libraries;
+and the files of a third, llama.cpp's GGUF.
 
 A layout (transformers, mamba_ssm) is a module with matches(config.json), read(config.json) -> MambaConfig and
 write(MambaConfig) -> config.json. Ternary models come in either, with quantization_config in config.json and
@@ -18,10 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from ..config import MambaConfig, TernaryConfig
-from . import mamba_ssm, transformers
+from . import gguf, gguf_read, mamba_ssm, transformers
 from .files import CheckpointError, read_json, read_tensors, reading, write
 
-__all__ = ["Checkpoint", "CheckpointError", "assign", "load", "reading", "save"]
+__all__ = ["Checkpoint", "CheckpointError", "assign", "gguf", "load", "reading", "save"]
 
 EMBEDDING = "backbone.embeddings"
 DYNAMICS = {"A_log", "D", "dt_bias"}  # float32 in memory, whatever a file holds
@@ -33,25 +34,48 @@ SIDE_FILES += ("added_tokens.json", "vocab.json", "merges.txt", "chat_template.j
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a directory holds; the tensors, under this package's names, are mapped when asked for."""
+    """What a directory or GGUF file holds; the tensors, under this package's names, are mapped."""
 
-    directory: Path
+    directory: Path  # or the GGUF file
     config: MambaConfig
     ternary: TernaryConfig | None
-    tensors: Mapping[str, Tensor]
+    tensors: dict[str, Tensor]
+
+    @property
+    def settings(self) -> Path:
+        """The file that the config comes from."""
+        return self.directory if _is_gguf(self.directory) else self.directory / "config.json"
 
     @property
     def dtype(self) -> torch.dtype:
         """dtype of the dense weights, the widest where they differ."""
         names = [n for n in self.tensors if not n.endswith("_scale") and n.rpartition(".")[2] not in DYNAMICS]
-        dense = {t.dtype for t in map(self.tensors.__getitem__, names) if t.dtype.is_floating_point}
+        values = [t for t in map(self.tensors.__getitem__, names) if t.dtype.is_floating_point]
+        if _is_gguf(self.directory):  # where all but matrices is float32 whatever the model was
+            values = [t for t in values if t.dim() == 2]
+        dense = {t.dtype for t in values}
         widest = reduce(torch.promote_types, dense) if dense else torch.float32
         return widest if widest.itemsize == 2 else torch.float32
 
 
 def load(directory: str | Path) -> Checkpoint:
-    """Opens a directory of transformers, mamba_ssm or this package, told apart by its config.json."""
+    """Opens a .gguf file, or a directory of transformers, mamba_ssm or this package by its config.json."""
     directory = Path(directory)
+    if _is_gguf(directory):
+        checkpoint = Checkpoint(directory, *gguf_read.read(directory))
+    else:
+        checkpoint = _load_directory(directory)
+    _check_sizes(checkpoint)
+    if checkpoint.config.tie_embeddings:
+        _drop_tied_head(directory, checkpoint.tensors)
+    return checkpoint
+
+
+def _is_gguf(path: Path) -> bool:
+    return path.suffix == ".gguf" and not path.is_dir()
+
+
+def _load_directory(directory: Path) -> Checkpoint:
     path = directory / "config.json"
     values = read_json(path)
     layout = next((layout for layout in (transformers, mamba_ssm) if layout.matches(values)), None)
@@ -66,11 +90,7 @@ def load(directory: str | Path) -> Checkpoint:
             if not isinstance(quantization, dict) or "quant_method" not in quantization:
                 raise ValueError(f"quantization_config is {quantization!r}, expected a quant_method in it")
             ternary = TernaryConfig.from_dict(quantization)
-    tensors = _our_names(directory, read_tensors(directory))
-    _check_sizes(directory, config, tensors)
-    if config.tie_embeddings:
-        _drop_tied_head(directory, tensors)
-    return Checkpoint(directory, config, ternary, tensors)
+    return Checkpoint(directory, config, ternary, _our_names(directory, read_tensors(directory)))
 
 
 def _our_names(directory: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -80,25 +100,27 @@ def _our_names(directory: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]
     return ours
 
 
-def _check_sizes(directory: Path, config: MambaConfig, tensors: Mapping[str, Tensor]) -> None:
+def _check_sizes(checkpoint: Checkpoint) -> None:
     """Refuses sizes so far from the tensors that it would take forever to build the model."""
+    directory, config, tensors = checkpoint.directory, checkpoint.config, checkpoint.tensors
+    settings = checkpoint.settings.name
     layers = {match[1] for name in tensors if (match := re.match(r"backbone\.layers\.(\d+)\.", name))}
     if len(layers) != config.n_layer:
         raise CheckpointError(
-            f"{directory}: {len(layers)} layers in the weights, {config.n_layer} in config.json"
+            f"{directory}: {len(layers)} layers in the weights, {config.n_layer} in {settings}"
         )
     if (table := tensors.get(f"{EMBEDDING}.weight")) is None:
         raise CheckpointError(f"{directory}: no tensor {EMBEDDING}.weight")
     if list(table.shape) != [config.padded_vocab_size, config.d_model]:
         raise CheckpointError(
-            f"{directory}: {EMBEDDING}.weight is {list(table.shape)}, config.json expects "
+            f"{directory}: {EMBEDDING}.weight is {list(table.shape)}, {settings} expects "
             f"[{config.padded_vocab_size}, {config.d_model}] (padded vocabulary, d_model)"
         )
     mixer = {"d_state": config.d_state, "d_conv": config.d_conv, "expand": config["expand"]}
     mixer |= {"headdim": config.headdim} if config.is_mamba2 else {"dt_rank": config.dt_rank}
     for name, size in mixer.items():
         if size > MAX_SIZE:
-            raise CheckpointError(f"{directory}/config.json: {name} is {size}, expected at most {MAX_SIZE}")
+            raise CheckpointError(f"{checkpoint.settings}: {name} is {size}, expected at most {MAX_SIZE}")
 
 
 def _drop_tied_head(directory: Path, tensors: dict[str, Tensor]) -> None:

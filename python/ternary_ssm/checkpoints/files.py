@@ -152,7 +152,7 @@ def write(
             (staging / name).write_text(text, encoding="utf-8")
         for path in staging.iterdir():
             shutil.copymode(staging / "config.json", path)  # safetensors makes files that others cannot read
-            _sync(path)
+            sync(path)
         small = [path.name for path in staging.iterdir() if path.name not in weights]
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
@@ -202,7 +202,7 @@ def _commit(directory: Path, weights: list[str], small: list[str]) -> None:
         _move(staging / name, directory / name)
     for name in stale - set(weights):
         (directory / name).unlink(missing_ok=True)
-        _sync(directory)
+        sync(directory)
     for name in small:
         _move(staging / name, directory / name)
 
@@ -214,10 +214,10 @@ def _same(a: Path, b: Path) -> bool:
 def _move(source: Path, target: Path) -> None:
     if source.exists():
         os.replace(source, target)
-        _sync(target.parent)
+        sync(target.parent)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
