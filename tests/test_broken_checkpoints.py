@@ -291,6 +291,23 @@ EDITS = st.lists(
 )
 
 
+def damaged_bytes(good: bytes, edits: list, reach: int) -> bytes:
+    """`good` after EDITS; a place that is a share is one of the first `reach` bytes."""
+    data = bytearray(good)
+    for action, place, content in edits:
+        size = min(reach, len(data))
+        at = min(int(place * size) if isinstance(place, float) else place, max(len(data) - 1, 0))
+        if action == "flip" and data:
+            data[at] ^= content[0] or 1
+        elif action == "cut":
+            del data[at:]
+        elif action == "insert":
+            data[at:at] = content
+        elif action == "drop":
+            del data[at : at + len(content)]
+    return bytes(data)
+
+
 @pytest.mark.parametrize("kind", ["transformers", "mamba_ssm", "safetensors", "index", "bin", "old"])
 def test_damaged_bytes(kind, damaged):
     directory, path, good = damaged[kind]
@@ -298,19 +315,8 @@ def test_damaged_bytes(kind, damaged):
     @settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck), database=None)
     @given(EDITS)
     def check(edits):
-        data = bytearray(good)
-        for action, place, content in edits:
-            at = min(int(place * len(data)) if isinstance(place, float) else place, max(len(data) - 1, 0))
-            if action == "flip" and data:
-                data[at] ^= content[0] or 1
-            elif action == "cut":
-                del data[at:]
-            elif action == "insert":
-                data[at:at] = content
-            elif action == "drop":
-                del data[at : at + len(content)]
         path.unlink()  # never over a file that is mapped
-        path.write_bytes(data)
+        path.write_bytes(damaged_bytes(good, edits, len(good)))
         loads_or_is_refused(directory)
 
     try:

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 
 from ternary_ssm import MambaLM, TernaryConfig
 from ternary_ssm.checkpoints import CheckpointError
-from test_broken_checkpoints import EDITS, loads_or_is_refused
+from test_broken_checkpoints import EDITS, damaged_bytes, loads_or_is_refused
 from test_checkpoints import make
 from test_gguf import MAMBA2, export, write_tokenizer
 
@@ -123,19 +123,7 @@ def test_damaged_bytes(header_only, small):
     @settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck), database=None)
     @given(EDITS)
     def damage(edits):
-        data = bytearray(good)
-        for action, place, content in edits:
-            size = min(start, len(data)) if header_only else len(data)
-            at = min(int(place * size) if isinstance(place, float) else place, max(len(data) - 1, 0))
-            if action == "flip" and data:
-                data[at] ^= content[0] or 1
-            elif action == "cut":
-                del data[at:]
-            elif action == "insert":
-                data[at:at] = content
-            elif action == "drop":
-                del data[at : at + len(content)]
-        put(path, bytes(data))
+        put(path, damaged_bytes(good, edits, start if header_only else len(good)))
         loads_or_is_refused(path)
 
     damage()

@@ -233,9 +233,8 @@ def _decode_ternary(
 def _trits(data: Tensor, count: int) -> Tensor:
     """The base-3 digits of bytes [..., m], a byte being digits / 3^5 of 256 -> [..., count * m]."""
     powers = torch.tensor([1, 3, 9, 27, 81][:count], dtype=torch.uint8).unsqueeze(1)
-    return ((data.unsqueeze(-2) * powers).short() * 3 >> 8).flatten(
-        -2
-    )  # the product wraps: the fraction is left
+    fractions = data.unsqueeze(-2) * powers  # the product wraps: only the fraction is left
+    return (fractions.short() * 3 >> 8).flatten(-2)
 
 
 def _decode_int8(path: Path, name: str, blocks: Tensor) -> tuple[Tensor, Tensor]:
