@@ -2,6 +2,7 @@
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/macros.h>
 
+#include "ops/decode.h"
 #include "ops/gemm.h"
 #include "ops/quantize.h"
 
@@ -30,6 +31,17 @@ static void run_gemm(const GemmArgs& args, const Tensor& y) {
   run<GemmArgs, gemm_sm90>(with_workspace, y);
 }
 
+static void run_decode(const DecodeArgs& args, const Tensor& workspace) {
+  const torch::stable::accelerator::DeviceGuard guard(workspace.get_device_index());
+  const char* expected = decode_expects_sm90(args);
+  STD_TORCH_CHECK(!expected, "decode on this device serves ", expected, "; found batch ", args.batch,
+                  ", d_model ", args.d_model, ", heads ", args.heads, " of ", args.head_dim, ", state size ",
+                  args.state_size, ", groups ", args.in_group, " and ", args.out_group);
+  const int64_t words = decode_workspace_sm90(args);
+  STD_TORCH_CHECK(workspace.numel() == words, "workspace must be [", words, "], not ", shape(workspace));
+  run<DecodeArgs, decode_sm90>(args, workspace);
+}
+
 }  // namespace ternary
 
 STABLE_TORCH_LIBRARY_IMPL(ternary, CUDA, m) {
@@ -39,4 +51,5 @@ STABLE_TORCH_LIBRARY_IMPL(ternary, CUDA, m) {
   m.impl("unpack", TORCH_BOX((&unpack<run<UnpackArgs, unpack_sm90>>)));
   m.impl("dequantize", TORCH_BOX((&dequantize<run<DequantizeArgs, dequantize_sm90>>)));
   m.impl("gemm", TORCH_BOX((&gemm<run_gemm>)));
+  m.impl("decode", TORCH_BOX((&decode<run_decode>)));
 }

@@ -33,4 +33,10 @@ STABLE_TORCH_LIBRARY(ternary, m) {
       "ssd_update(Tensor x, Tensor(a!) state, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D=None, "
       "Tensor? z=None, Tensor? dt_bias=None, bool dt_softplus=True, float dt_min=0.0, float? dt_max=None) "
       "-> Tensor");
+
+  m.def(
+      "decode(Tensor tokens, Tensor embedding, Tensor? embedding_scale, Tensor norm, Tensor in_codes, "
+      "Tensor in_scales, Tensor conv_weight, Tensor? conv_bias, Tensor(a!) conv_state, Tensor dt_bias, "
+      "Tensor A, Tensor D, Tensor(b!) ssm_state, Tensor gate_norm, Tensor out_codes, Tensor out_scales, "
+      "Tensor(c!) workspace, float eps, float dt_min=0.0, float? dt_max=None) -> Tensor");
 }

@@ -61,6 +61,14 @@ TERNARY_MMA(__nv_bfloat16, "bf16")
 TERNARY_MMA(__half, "f16")
 #undef TERNARY_MMA
 
+// d += a b on the tensor cores: a [16, 32] and b [32, 8] in int8, d [16, 8].
+__device__ inline void mma_m16n8k32(int32_t (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
 // Barriers in shared memory: a phase ends when `count` threads have arrived and all expected bytes have.
 __device__ inline void init_barrier(uint64_t* barrier, int count) {
   asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(count) : "memory");
@@ -107,6 +115,15 @@ __device__ inline void copy_tile_async(void* smem, const CUtensorMap& from, int 
       : "memory");
 }
 
+// Starts the copy of a run of bytes, a multiple of 16; they arrive at the barrier.
+__device__ inline void copy_run_async(void* smem, const void* from, uint32_t bytes, uint64_t* barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+          shared_address(smem)),
+      "l"(from), "r"(bytes), "r"(shared_address(barrier))
+      : "memory");
+}
+
 // Of a warpgroup: how many registers a thread has from here on.
 template <int kRegisters>
 __device__ void give_registers() {
@@ -120,6 +137,29 @@ __device__ void take_registers() {
 // The 128 threads of a warpgroup wait for each other.
 __device__ inline void sync_warpgroup(int group) {
   asm volatile("bar.sync %0, 128;" ::"r"(group + 1) : "memory");
+}
+
+// So many threads of a block wait for each other, by whole warps.
+__device__ inline void sync_threads(int barrier, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
+
+// Words that other blocks read or write meanwhile, each whole.
+__device__ inline void store_word(uint32_t* to, uint32_t word) {
+  asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(to), "r"(word) : "memory");
+}
+__device__ inline uint32_t load_word(const uint32_t* from) {
+  uint32_t word;
+  asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(word) : "l"(from) : "memory");
+  return word;
+}
+__device__ inline uint4 load_words(const uint32_t* from) {
+  uint4 words;
+  asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(words.x), "=r"(words.y), "=r"(words.z), "=r"(words.w)
+               : "l"(from)
+               : "memory");
+  return words;
 }
 
 __device__ inline void store_release(uint64_t* to, uint64_t value) {

@@ -44,7 +44,7 @@ __device__ inline float load_float(const void* from, DType type, int64_t i) {
   return to_float(static_cast<const __nv_bfloat16*>(from)[i]);
 }
 
-__device__ inline int size_of(DType type) { return type == DType::f32 ? 4 : 2; }
+__host__ __device__ inline int size_of(DType type) { return type == DType::f32 ? 4 : 2; }
 
 // Calls f with a value of the C++ type that `type` names.
 template <class Function>

@@ -1,0 +1,47 @@
+// One token of each of a few sequences through all layers of a ternary Mamba-2:
+//   x += out_proj(rms_norm(ssd_update(silu(conv([x, B, C] of in_proj(rms_norm(x))))) * silu(z)))
+#pragma once
+
+#include <cstdint>
+
+#include "kernels/dtype.h"
+
+struct CUstream_st;
+
+namespace ternary {
+
+// L layers, b sequences, d = d_model, e = d_inner, h heads, n state size, c = e + 2 n channels of the
+// convolution, r = e + c + h rows of in_proj: z, x, B, C, dt.
+struct DecodeArgs {
+  const int64_t* tokens;        // [b]
+  const void* embedding;        // [vocab, d], of `type`, or int8 where it has scales
+  const void* embedding_scale;  // [vocab] of scale_type, or null
+  const void* norm;             // [L, d]
+  const uint8_t* in_codes;      // [L, r, d / 4], see codes.h
+  const void* in_scales;        // [L, r, d / in_group], or [L] where in_one_scale
+  const void* conv_weight;      // [L, c, 4]
+  const void* conv_bias;        // [L, c] or null
+  void* conv_state;             // [L, b, 3, c]
+  const float* dt_bias;         // [L, h]
+  const float* A;               // [L, h]
+  const float* D;               // [L, h]
+  void* ssm_state;              // [L, b, h, e / h, n]
+  const void* gate_norm;        // [L, e]
+  const uint8_t* out_codes;     // [L, d, e / 4]
+  const void* out_scales;       // [L, d, e / out_group], or [L] where out_one_scale
+  float* hidden;                // [b, d]: x after the last layer
+  void* workspace;              // zeros at first; the kernel's own from then on
+  DType type;                   // of norms, convolution and its state: f16 or bf16
+  DType scale_type, state_type;
+  bool in_one_scale, out_one_scale;
+  int layers, batch, d_model, heads, head_dim, state_size;
+  int64_t vocab;
+  int in_group, out_group;
+  float eps, dt_min, dt_max;  // dt_max infinity: no limit
+};
+
+const char* decode_expects_sm90(const DecodeArgs& args);       // what they lack for decode_sm90, or null
+int64_t decode_workspace_sm90(const DecodeArgs& args);         // words of 4 bytes
+int decode_sm90(const DecodeArgs& args, CUstream_st* stream);  // returns a cudaError_t
+
+}  // namespace ternary

@@ -1,0 +1,38 @@
+// The compile-time numbers of the decode kernel.
+#pragma once
+
+namespace ternary::sm90 {
+
+struct Decode {
+  static constexpr int kMaxBatch = 8;
+  static constexpr int kSpan = 128;       // columns of a weight that a warp multiplies at once
+  static constexpr int kTileRows = 16;    // of a weight: the m of the instruction
+  static constexpr int kUnit = 8;         // channels whose rows of z and x make a tile of in_proj
+  static constexpr int kStateSize = 128;  // per channel
+  static constexpr int kConvWidth = 4;
+  static constexpr int kExpand = 2;          // d_inner / d_model: spans of a warp in a row of out_proj
+  static constexpr int kFewRows = 2;         // of x: a warp turns all its spans of them into integers at once
+  static constexpr int kMinWarps = 8;        // that compute; two more load and receive
+  static constexpr int kMaxSpans = 20;       // of a row of in_proj
+  static constexpr int kPad = 32;            // bytes after a row of codes: four rows lie in different banks
+  static constexpr int kMaxHeads = 8;        // that have channels in one block
+  static constexpr int kMaxDepth = 8;        // of a queue
+  static constexpr int kBytesPerClock = 24;  // that a block asks of memory: a share of it and a third more
+  static constexpr int kSharedBytes = 227 * 1024;  // of a block, at most
+  static constexpr int kRegions = 2;               // of values on their way between blocks: layers take turns
+};
+
+// The sizes that a kernel is compiled for.
+template <int kBatch_, int kSpans_>
+struct DecodeConfig : Decode {
+  static constexpr int kBatch = kBatch_;  // at most
+  static constexpr int kSpans = kSpans_;
+  static constexpr int kWarps = kSpans > kMinWarps ? kSpans : kMinWarps;
+  static constexpr int kModel = kSpans * kSpan, kInner = kExpand * kModel;
+  static constexpr int kChannels = kInner + 2 * kStateSize;  // of the convolution
+  static constexpr int kInPitch = kModel / 4 + kPad, kOutPitch = kInner / 4 + kPad;
+  static constexpr int kStagedSpans = kBatch <= kFewRows ? kExpand : 1;
+  static constexpr int kSumsPitch = kSpans * kBatch | 1;  // words of the partial sums of a row
+};
+
+}  // namespace ternary::sm90

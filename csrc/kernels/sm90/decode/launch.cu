@@ -1,0 +1,114 @@
+#include <cuda_runtime.h>
+
+#include "kernels/sm90/decode/step.cuh"
+
+namespace ternary {
+namespace sm90 {
+
+static int groups_of_row(bool one_scale, int columns, int group) { return one_scale ? 0 : columns / group; }
+
+static StepArgs step_args(const DecodeArgs& d, int sms) {
+  StepArgs a = {.d = d};
+  const int d_inner = d.heads * d.head_dim;
+  a.in_rows = 2 * d_inner + 2 * d.state_size + d.heads;
+  a.in_groups = groups_of_row(d.in_one_scale, d.d_model, d.in_group);
+  a.out_groups = groups_of_row(d.out_one_scale, d_inner, d.out_group);
+  a.state_bytes = size_of(d.state_type);
+  a.plan = plan_decode({.batch = d.batch,
+                        .d_model = d.d_model,
+                        .heads = d.heads,
+                        .head_dim = d.head_dim,
+                        .in_groups = a.in_groups,
+                        .out_groups = a.out_groups,
+                        .state_bytes = a.state_bytes},
+                       sms);
+  uint32_t* words = static_cast<uint32_t*>(d.workspace);
+  a.exchange = {.counter = words,
+                .words = words + 4,
+                .batch = d.batch,
+                .d_model = d.d_model,
+                .heads = d.heads,
+                .d_inner = d_inner};
+  return a;
+}
+
+// Multiprocessors of the current device.
+static int count_sms() {
+  int device = 0, sms = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device);
+  return sms;
+}
+
+template <class Config>
+static cudaError_t launch(const StepArgs& a, cudaStream_t stream) {
+  const cudaError_t error = cudaFuncSetAttribute(
+      decode_kernel<Config>, cudaFuncAttributeMaxDynamicSharedMemorySize, a.plan.shared_bytes);
+  if (error != cudaSuccess) return error;
+  // The blocks wait for each other: all of them run at once, or none.
+  cudaLaunchAttribute together = {.id = cudaLaunchAttributeCooperative};
+  together.val.cooperative = 1;
+  const cudaLaunchConfig_t config = {.gridDim = dim3(a.plan.blocks),
+                                     .blockDim = dim3(32 * (Config::kWarps + 2)),
+                                     .dynamicSmemBytes = static_cast<size_t>(a.plan.shared_bytes),
+                                     .stream = stream,
+                                     .attrs = &together,
+                                     .numAttrs = 1};
+  return cudaLaunchKernelEx(&config, decode_kernel<Config>, a);
+}
+
+template <int kSpans>
+static cudaError_t launch_of(const StepArgs& a, cudaStream_t stream) {
+  switch (a.plan.rows) {
+    case 1:
+      return launch<DecodeConfig<1, kSpans>>(a, stream);
+    case 2:
+      return launch<DecodeConfig<2, kSpans>>(a, stream);
+    case 4:
+      return launch<DecodeConfig<4, kSpans>>(a, stream);
+    default:
+      return launch<DecodeConfig<8, kSpans>>(a, stream);
+  }
+}
+
+}  // namespace sm90
+
+const char* decode_expects_sm90(const DecodeArgs& d) {
+  if (d.state_size != sm90::Decode::kStateSize) return "a state size of 128";
+  if (d.type == DType::f32 || d.scale_type == DType::f32) return "activations and scales in 16 bits";
+  if (d.in_group % sm90::Decode::kSpan || d.out_group % sm90::Decode::kSpan)
+    return "groups of a multiple of 128 weights";
+  for (const void* p : {d.norm, d.gate_norm, d.in_scales, d.out_scales, static_cast<const void*>(d.in_codes),
+                        static_cast<const void*>(d.out_codes), static_cast<const void*>(d.ssm_state)})
+    if (!sm90::is_aligned(p)) return "tensors that start at multiples of 16 bytes";
+  return sm90::step_args(d, sm90::count_sms()).plan.expected;
+}
+
+int64_t decode_workspace_sm90(const DecodeArgs& d) {
+  const sm90::StepArgs a = sm90::step_args(d, sm90::count_sms());
+  return 4 + int64_t{sm90::Decode::kRegions} * a.exchange.region_words();
+}
+
+int decode_sm90(const DecodeArgs& d, CUstream_st* stream) {
+  const sm90::StepArgs a = sm90::step_args(d, sm90::count_sms());
+  switch (a.plan.spans) {
+    case 2:
+      return sm90::launch_of<2>(a, stream);
+    case 4:
+      return sm90::launch_of<4>(a, stream);
+    case 6:
+      return sm90::launch_of<6>(a, stream);
+    case 8:
+      return sm90::launch_of<8>(a, stream);
+    case 12:
+      return sm90::launch_of<12>(a, stream);
+    case 16:
+      return sm90::launch_of<16>(a, stream);
+    case 20:
+      return sm90::launch_of<20>(a, stream);
+    default:
+      return cudaErrorNotSupported;
+  }
+}
+
+}  // namespace ternary

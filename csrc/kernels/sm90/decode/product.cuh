@@ -1,0 +1,89 @@
+// A span of 128 columns of a ternary weight times the same span of x, on the integer tensor cores.
+//
+// (word << 2 i) & 0xC0C0C0C0 puts weights 3 - i, 7 - i, 11 - i, 15 - i of a word of codes where they read as
+// {0, +64, -64} in int8: the A operand. x becomes 16-bit integers with one scale a span (an error of at most
+// 2^-16 of the span's largest value), as two bytes in two columns of B: 256 high + low. Sums are exact.
+#pragma once
+
+#include "kernels/sm90/common/ptx.cuh"
+#include "kernels/sm90/decode/config.h"
+
+namespace ternary::sm90 {
+
+constexpr float kIntegerOne = 12582912.f;  // 1.5 * 2^23: a sum with it has the integer in its low bits
+constexpr float kLargest = 127 * 256;      // of x as an integer: both bytes fit
+
+// A span of x of kBatch rows as B. The columns are (row, byte); a lane's sums are those of row lane % 4 of
+// each tile of four.
+template <int kBatch>
+struct SpanOfX {
+  static constexpr int kTiles = (kBatch + 3) / 4;
+  uint32_t b[kTiles][8];  // words 0 and 1 of a lane's codes, weights 3 - i, 7 - i, ... of each
+
+  // Sets n spans and the scales of their sums. values: of each row columns lane % 4 + {0, 4, 8, 12} of word
+  // lane / 4. staging: n * kBatch * 256 bytes, the warp's own.
+  template <int n>
+  __device__ static void set(SpanOfX* spans, const float4 (&values)[n * kBatch], float (&scales)[n * kBatch],
+                             uint8_t* staging) {
+    const int lane = threadIdx.x % 32, quad = lane % 4;
+    __syncwarp();
+#pragma unroll
+    for (int row = 0; row < n * kBatch; ++row) {
+      const float v[4] = {values[row].x, values[row].y, values[row].z, values[row].w};
+      uint32_t most = 0;  // as bits, of which NaN has the largest
+#pragma unroll
+      for (int i = 0; i < 4; ++i) most = max(most, __float_as_uint(v[i]) & 0x7FFFFFFF);
+      const float largest = __uint_as_float(__reduce_max_sync(~0u, most));
+      const float inverse = largest > 1e-30f ? __fdividef(kLargest, largest) : 0;
+      scales[row] = largest * (1 / (kLargest * 64));
+      uint32_t integers[4];  // in the low 16 bits
+#pragma unroll
+      for (int i = 0; i < 4; ++i) integers[i] = __float_as_uint(v[i] * inverse + kIntegerOne);
+      const auto bytes = [](const uint32_t (&from)[4], uint32_t two) {
+        return __byte_perm(__byte_perm(from[0], from[1], two), __byte_perm(from[2], from[3], two), 0x5410);
+      };
+      uint32_t* to = reinterpret_cast<uint32_t*>(staging + row * 2 * Decode::kSpan) + lane / 4 * 4 + 3 - quad;
+      to[Decode::kSpan / 4] = bytes(integers, 0x0040);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) integers[i] += 128;
+      to[0] = bytes(integers, 0x0051);
+    }
+    __syncwarp();
+#pragma unroll
+    for (int i = 0; i < n * kTiles; ++i) {
+      const int column = i % kTiles * 8 + lane / 4;
+      const uint4* from = reinterpret_cast<const uint4*>(
+          staging + (i / kTiles * 2 * kBatch + column) * Decode::kSpan + quad * 32);
+      uint4 low = {}, high = {};
+      if (column < 2 * kBatch) low = from[0], high = from[1];
+      const uint32_t words[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+#pragma unroll
+      for (int j = 0; j < 8; ++j) spans[i / kTiles].b[i % kTiles][j] = words[j];
+    }
+  }
+
+  // codes times x, times 64, for rows lane / 4 and lane / 4 + 8 of a tile. codes: a lane's of the first.
+  template <int kPitch>
+  __device__ void multiply(int32_t (&sums)[kTiles][2], const uint8_t* codes) const {
+    const uint2 rows[2] = {*reinterpret_cast<const uint2*>(codes),
+                           *reinterpret_cast<const uint2*>(codes + 8 * kPitch)};
+    int32_t d[kTiles][4] = {};
+#pragma unroll
+    for (int step = 0; step < 4; ++step) {
+      const uint32_t first = step < 2 ? rows[0].x : rows[0].y, second = step < 2 ? rows[1].x : rows[1].y;
+      const int i = step % 2 * 2;
+      const auto weights = [](uint32_t word, int i) { return word << 2 * i & 0xC0C0C0C0; };
+      const uint32_t a[4] = {weights(first, i), weights(second, i), weights(first, i + 1),
+                             weights(second, i + 1)};
+#pragma unroll
+      for (int tile = 0; tile < kTiles; ++tile)
+        mma_m16n8k32(d[tile], a, b[tile][step / 2 * 4 + i], b[tile][step / 2 * 4 + i + 1]);
+    }
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile)
+#pragma unroll
+      for (int row = 0; row < 2; ++row) sums[tile][row] = d[tile][2 * row] * 256 + d[tile][2 * row + 1];
+  }
+};
+
+}  // namespace ternary::sm90
