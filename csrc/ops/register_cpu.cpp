@@ -4,6 +4,7 @@
 #include "kernels/cpu/isa.h"
 #include "ops/causal_conv1d.h"
 #include "ops/gemm.h"
+#include "ops/norm.h"
 #include "ops/quantize.h"
 #include "ops/selective_scan.h"
 #include "ops/ssd.h"
@@ -49,11 +50,20 @@ static void run_causal_conv1d(const CausalConv1dArgs& args, const Tensor&) {
 
 static void run_selective_scan(const SelectiveScanArgs& args, const Tensor&) {
   const int64_t blocks = (args.channels + kScanBlock - 1) / kScanBlock;
-  parallel(selective_scan_cpu, args, args.sequences * blocks, tokens(args) * kScanBlock * args.state_size);
+  const int64_t token = kScanBlock * (args.state_size + args.dt_rank);
+  parallel(selective_scan_cpu, args, args.sequences * blocks, tokens(args) * token);
 }
 
 static void run_ssd(const SsdArgs& args, const Tensor&) {
   parallel(ssd_cpu, args, args.sequences * args.heads, tokens(args) * args.head_dim * args.state_size);
+}
+
+static void run_rms_norm_gated(const RmsNormGatedArgs& args, const Tensor&) {
+  parallel(rms_norm_gated_cpu, args, args.rows * args.groups, args.dim / args.groups);
+}
+
+static void run_add_rms_norm(const AddRmsNormArgs& args, const Tensor&) {
+  parallel(add_rms_norm_cpu, args, args.rows, args.dim);
 }
 
 }  // namespace ternary
@@ -68,7 +78,10 @@ STABLE_TORCH_LIBRARY_IMPL(ternary, CPU, m) {
   m.impl("causal_conv1d", TORCH_BOX(&causal_conv1d<run_causal_conv1d>));
   m.impl("causal_conv1d_update", TORCH_BOX(&causal_conv1d_update<run_causal_conv1d>));
   m.impl("selective_scan", TORCH_BOX(&selective_scan<run_selective_scan>));
+  m.impl("selective_scan_fused", TORCH_BOX(&selective_scan_fused<run_selective_scan>));
   m.impl("selective_scan_update", TORCH_BOX(&selective_scan_update<run_selective_scan>));
+  m.impl("rms_norm_gated", TORCH_BOX(&rms_norm_gated<run_rms_norm_gated>));
+  m.impl("add_rms_norm", TORCH_BOX(&add_rms_norm<run_add_rms_norm>));
   m.impl("ssd", TORCH_BOX(&ssd<run_ssd>));
   m.impl("ssd_update", TORCH_BOX(&ssd_update<run_ssd>));
 }

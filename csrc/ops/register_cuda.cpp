@@ -4,7 +4,9 @@
 
 #include "ops/decode.h"
 #include "ops/gemm.h"
+#include "ops/norm.h"
 #include "ops/quantize.h"
+#include "ops/selective_scan.h"
 
 namespace ternary {
 
@@ -52,4 +54,11 @@ STABLE_TORCH_LIBRARY_IMPL(ternary, CUDA, m) {
   m.impl("dequantize", TORCH_BOX((&dequantize<run<DequantizeArgs, dequantize_sm90>>)));
   m.impl("gemm", TORCH_BOX((&gemm<run_gemm>)));
   m.impl("decode", TORCH_BOX((&decode<run_decode>)));
+  m.impl("selective_scan", TORCH_BOX((&selective_scan<run<SelectiveScanArgs, selective_scan_sm90>>)));
+  m.impl("selective_scan_fused",
+         TORCH_BOX((&selective_scan_fused<run<SelectiveScanArgs, selective_scan_sm90>>)));
+  m.impl("selective_scan_update",
+         TORCH_BOX((&selective_scan_update<run<SelectiveScanArgs, selective_scan_update_sm90>>)));
+  m.impl("rms_norm_gated", TORCH_BOX((&rms_norm_gated<run<RmsNormGatedArgs, rms_norm_gated_sm90>>)));
+  m.impl("add_rms_norm", TORCH_BOX((&add_rms_norm<run<AddRmsNormArgs, add_rms_norm_sm90>>)));
 }

@@ -22,6 +22,10 @@ STABLE_TORCH_LIBRARY(ternary, m) {
       "Tensor? dt_bias=None, bool dt_softplus=True, Tensor? initial_state=None, Tensor? cu_seqlens=None) "
       "-> (Tensor y, Tensor final_state)");
   m.def(
+      "selective_scan_fused(Tensor x, Tensor dt, Tensor dt_weight, Tensor? dt_scales, Tensor A, Tensor B, "
+      "Tensor C, Tensor? D=None, Tensor? z=None, Tensor? dt_bias=None, Tensor? initial_state=None, "
+      "Tensor? cu_seqlens=None) -> (Tensor y, Tensor final_state)");
+  m.def(
       "selective_scan_update(Tensor x, Tensor(a!) state, Tensor dt, Tensor A, Tensor B, Tensor C, "
       "Tensor? D=None, Tensor? z=None, Tensor? dt_bias=None, bool dt_softplus=True) -> Tensor");
 
@@ -33,6 +37,11 @@ STABLE_TORCH_LIBRARY(ternary, m) {
       "ssd_update(Tensor x, Tensor(a!) state, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D=None, "
       "Tensor? z=None, Tensor? dt_bias=None, bool dt_softplus=True, float dt_min=0.0, float? dt_max=None) "
       "-> Tensor");
+
+  m.def(
+      "rms_norm_gated(Tensor y, Tensor z, Tensor weight, int groups, float eps, bool norm_before_gate) "
+      "-> Tensor");
+  m.def("add_rms_norm(Tensor x, Tensor(a!) residual, Tensor weight, float eps) -> Tensor");
 
   m.def(
       "decode(Tensor tokens, Tensor embedding, Tensor? embedding_scale, Tensor norm, Tensor in_codes, "

@@ -114,11 +114,9 @@ class GatedRMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(config.d_inner, device=device, dtype=dtype))
 
     def forward(self, y: Tensor, z: Tensor) -> Tensor:
-        gate = F.silu(z.float())
-        h = y.float() if self.norm_before_gate else y.float() * gate
-        parts = h.unflatten(-1, (self.groups, -1))
-        h = F.rms_norm(parts, parts.shape[-1:], eps=self.eps).flatten(-2) * self.weight.float()
-        return (h * gate if self.norm_before_gate else h).to(y.dtype)
+        return torch.ops.ternary.rms_norm_gated(
+            y, z, self.weight, self.groups, self.eps, self.norm_before_gate
+        )
 
 
 class _Mixer(nn.Module):
@@ -255,14 +253,17 @@ class Mamba(_Mixer):
         x = self._convolve(x, conv_state, cu_seqlens)
         dt, B, C = self.x_proj(x).split([c.dt_rank, c.d_state, c.d_state], dim=-1)
         dt_bias = self.dt_proj.bias.float()  # added in fp32 by the scan: in 16 bits it would cost 1 % of dt
-        dt = _without_bias(self.dt_proj, dt)
         A = -torch.exp(self.A_log)
         if ssm_state is not None and u.shape[1] == 1 and cu_seqlens is None:
+            dt = _without_bias(self.dt_proj, dt)
             x, dt, B, C, z = (v.squeeze(1) for v in (x, dt, B, C, z))
             y = torch.ops.ternary.selective_scan_update(x, ssm_state, dt, A, B, C, self.D, z, dt_bias)
             return self.out_proj(y.unsqueeze(1))
-        y, final = torch.ops.ternary.selective_scan(
-            x, dt, A, B, C, self.D, z, dt_bias, True, ssm_state, cu_seqlens
+        packed = isinstance(self.dt_proj, TernaryLinear)
+        weight = self.dt_proj.weight if packed else self.dt_proj.weight.to(x.dtype)
+        scales = self.dt_proj.weight_scale if packed else None
+        y, final = torch.ops.ternary.selective_scan_fused(
+            x, dt, weight, scales, A, B, C, self.D, z, dt_bias, ssm_state, cu_seqlens
         )
         if ssm_state is not None:
             ssm_state.copy_(final)

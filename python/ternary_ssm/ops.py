@@ -12,7 +12,8 @@ from torch import Tensor
 from . import reference
 
 _OPERATORS = ("quantize", "pack", "unpack", "dequantize", "gemm", "causal_conv1d", "causal_conv1d_update")
-_OPERATORS += ("selective_scan", "selective_scan_update", "ssd", "ssd_update")
+_OPERATORS += ("selective_scan", "selective_scan_fused", "selective_scan_update", "ssd", "ssd_update")
+_OPERATORS += ("rms_norm_gated", "add_rms_norm")
 
 
 @torch.library.register_fake("ternary::quantize")
@@ -95,6 +96,25 @@ def _(
     return x.new_empty(x.shape), x.new_empty(_states(x, cu_seqlens), *A.shape, dtype=dtype)
 
 
+@torch.library.register_fake("ternary::selective_scan_fused")
+def _(
+    x,
+    dt,
+    dt_weight,
+    dt_scales,
+    A,
+    B,
+    C,
+    D=None,
+    z=None,
+    dt_bias=None,
+    initial_state=None,
+    cu_seqlens=None,
+):
+    dtype = torch.float32 if initial_state is None else initial_state.dtype
+    return x.new_empty(x.shape), x.new_empty(_states(x, cu_seqlens), *A.shape, dtype=dtype)
+
+
 @torch.library.register_fake("ternary::ssd")
 def _(
     x,
@@ -119,8 +139,22 @@ def _(
 @torch.library.register_fake("ternary::causal_conv1d_update")
 @torch.library.register_fake("ternary::selective_scan_update")
 @torch.library.register_fake("ternary::ssd_update")
+@torch.library.register_fake("ternary::rms_norm_gated")
 def _(x, *_args, **_options):
     return x.new_empty(x.shape)
+
+
+@torch.library.register_fake("ternary::add_rms_norm")
+def _(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return x.new_empty(x.shape, dtype=weight.dtype)
+
+
+@torch.library.impl("ternary::add_rms_norm", "Autograd")
+def _(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (x, residual, weight)):
+        raise RuntimeError("add_rms_norm has no gradient: call it under torch.no_grad or inference_mode")
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.ternary.add_rms_norm(x, residual, weight, eps)
 
 
 def _serves(package: str, x: Tensor, cu_seqlens: Tensor | None) -> bool:
@@ -193,6 +227,7 @@ def _differentiate(name: str, function: Callable) -> None:
             for i in wanted:
                 inputs[i].requires_grad_()
             outputs = function(*inputs)
+        outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
         pairs = [(out, grad) for out, grad in zip(outputs, grads, strict=True) if grad is not None]
         pairs = [(out, grad) for out, grad in pairs if out.requires_grad]
         result = [None] * len(ctx.needs_input_grad)
@@ -209,7 +244,7 @@ def _differentiate(name: str, function: Callable) -> None:
 # Operators whose differentiable form is not simply their reference.
 _FUNCTIONS = {"causal_conv1d": _causal_conv1d, "ssd": _ssd}
 
-for _name in ("causal_conv1d", "selective_scan", "ssd"):
+for _name in ("causal_conv1d", "selective_scan", "selective_scan_fused", "ssd", "rms_norm_gated"):
     _differentiate(_name, _FUNCTIONS.get(_name, getattr(reference, _name)))
 
 for _name in _OPERATORS:

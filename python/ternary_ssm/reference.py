@@ -138,6 +138,30 @@ def selective_scan(
     return _skip_and_gate(y, u, D, z).to(x.dtype), h.to(_state_dtype(initial_state, acc))
 
 
+def selective_scan_fused(
+    x: Tensor,
+    dt: Tensor,
+    dt_weight: Tensor,
+    dt_scales: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """selective_scan of the step sizes softplus(dt W^T + dt_bias), which are not rounded in between.
+
+    dt [b, l, rank]; W is dt_weight [d, rank] of x's dtype, or codes dt_weight [d, rank / 4] with dt_scales.
+    """
+    acc = _accumulate(x)
+    weight = dt_weight if dt_scales is None else dequantize(dt_weight, dt_scales, acc)
+    dt = F.linear(dt.to(acc), weight.to(acc))
+    return selective_scan(x, dt, A, B, C, D, z, dt_bias, True, initial_state, cu_seqlens)
+
+
 def selective_scan_update(
     x: Tensor,
     state: Tensor,
@@ -249,6 +273,31 @@ def ssd_update(
     y, final = ssd(x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_min, dt_max, state)
     state.copy_(final)
     return y.squeeze(1)
+
+
+def rms_norm_gated(
+    y: Tensor, z: Tensor, weight: Tensor, groups: int, eps: float, norm_before_gate: bool
+) -> Tensor:
+    """RMSNorm of y * silu(z), or RMSNorm(y) * silu(z) if norm_before_gate, in `groups` parts of a row.
+
+    y, z [rows, d] or [b, l, d], weight [d] -> like y.
+    """
+    acc = _accumulate(y)
+    gate = F.silu(z.to(acc))
+    h = y.to(acc) if norm_before_gate else y.to(acc) * gate
+    parts = h.unflatten(-1, (groups, h.shape[-1] // groups))
+    h = F.rms_norm(parts, parts.shape[-1:], eps=eps).flatten(-2) * weight.to(acc)
+    return (h * gate if norm_before_gate else h).to(y.dtype)
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """residual += x; returns RMSNorm(residual) in weight's dtype.
+
+    x, residual (of any float dtype, updated in place) [rows, d] or [b, l, d], weight [d]. No gradient.
+    """
+    acc = _accumulate(residual)
+    residual.copy_(residual.to(acc) + x.to(acc))
+    return (F.rms_norm(residual.to(acc), residual.shape[-1:], eps=eps) * weight.to(acc)).to(weight.dtype)
 
 
 class ReferenceMode(TorchDispatchMode):

@@ -2,6 +2,7 @@
 #include "kernels/causal_conv1d.h"
 #include "kernels/cpu/isa.h"
 #include "kernels/gemm.h"
+#include "kernels/norm.h"
 #include "kernels/quantize.h"
 #include "kernels/selective_scan.h"
 #include "kernels/ssd.h"
@@ -42,5 +43,7 @@ DISPATCH(gemm, GemmArgs)
 DISPATCH(causal_conv1d, CausalConv1dArgs)
 DISPATCH(selective_scan, SelectiveScanArgs)
 DISPATCH(ssd, SsdArgs)
+DISPATCH(rms_norm_gated, RmsNormGatedArgs)
+DISPATCH(add_rms_norm, AddRmsNormArgs)
 
 }  // namespace ternary

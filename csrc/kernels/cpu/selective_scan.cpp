@@ -2,6 +2,7 @@
 
 #include <cmath>
 
+#include "kernels/codes.h"
 #include "kernels/cpu/recurrence.h"
 
 namespace ternary::TERNARY_ISA {
@@ -21,6 +22,31 @@ inline float advance(float* h, const float* A, const float* B, const float* C, f
   return sum(y);
 }
 
+// dt_weight^T of channels first .. first + channels as floats, [rank, kBlock].
+void load_weight(const SelectiveScanArgs& a, int64_t first, int64_t channels, float* weight) {
+  const int64_t rank = a.dt_rank, groups = rank / a.dt_group;
+  for (int64_t c = 0; c < channels; ++c) {
+    const int64_t row = first + c;
+    for (int64_t k = 0; k < rank; ++k) {
+      float w;
+      if (a.dt_scales)
+        w = weight_at(static_cast<const uint8_t*>(a.dt_weight) + row * (rank / kWeightsPerByte), k) *
+            load_float(a.dt_scales, a.dt_scale_type, a.dt_one_scale ? 0 : row * groups + k / a.dt_group);
+      else
+        w = load_float(a.dt_weight, a.type, row * rank + k);
+      weight[k * kBlock + c] = w;
+    }
+  }
+}
+
+// dt[kBlock] = low[rank] weight
+inline void project(const float* low, const float* weight, int64_t rank, float* dt) {
+  Vec sums[kBlock / kLanes] = {};
+  for (int64_t k = 0; k < rank; ++k)
+    for (int64_t c = 0; c < kBlock; c += kLanes) sums[c / kLanes] += low[k] * load(weight + k * kBlock + c);
+  __builtin_memcpy(dt, sums, sizeof sums);
+}
+
 }  // namespace
 
 void selective_scan(const SelectiveScanArgs& a, int64_t begin, int64_t end) {
@@ -28,6 +54,7 @@ void selective_scan(const SelectiveScanArgs& a, int64_t begin, int64_t end) {
   alignas(64) float x[kBlock] = {}, dt[kBlock] = {}, z[kBlock] = {}, y[kBlock] = {}, D[kBlock] = {},
                     bias[kBlock] = {};
   Scratch B(round_up(n)), C(round_up(n)), padded_A(n == round_up(n) ? 0 : kBlock * round_up(n));
+  Scratch low(a.dt_rank), weight(a.dt_rank * kBlock);
 
   for (int64_t item = begin; item < end; ++item) {
     const int64_t sequence = item / blocks, channel = item % blocks * kBlock;
@@ -35,6 +62,7 @@ void selective_scan(const SelectiveScanArgs& a, int64_t begin, int64_t end) {
     const auto [first, last] = tokens_of(a, sequence);
     if (a.D) load_floats(a.D, DType::f32, channel, channels, D);
     if (a.dt_bias) load_floats(a.dt_bias, DType::f32, channel, channels, bias);
+    if (a.dt_weight) load_weight(a, channel, channels, weight);
     State state(a, (sequence * a.channels + channel) * n, channels, n);
     const float* A = a.A + channel * n;
     if (n != state.stride) {
@@ -45,7 +73,12 @@ void selective_scan(const SelectiveScanArgs& a, int64_t begin, int64_t end) {
 
     for (int64_t t = first; t < last; ++t) {
       load_floats(a.x, a.type, t * a.x_stride + channel, channels, x);
-      load_floats(a.dt, a.type, t * a.dt_stride + channel, channels, dt);
+      if (a.dt_weight) {
+        load_floats(a.dt, a.type, t * a.dt_stride, a.dt_rank, low);
+        project(low, weight, a.dt_rank, dt);
+      } else {
+        load_floats(a.dt, a.type, t * a.dt_stride + channel, channels, dt);
+      }
       load_floats(a.B, a.type, t * a.B_stride, n, B);
       load_floats(a.C, a.type, t * a.C_stride, n, C);
       for (int64_t c = 0; c < kBlock; c += kLanes)

@@ -44,6 +44,18 @@ __device__ inline void launch_dependents() { asm volatile("griddepcontrol.launch
 // ... where it waits here until all kernels before it are done and their writes can be seen.
 __device__ inline void wait_for_prerequisites() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 
+// 2^x and 1 / x to a unit or two of the last place; subnormal numbers are zeros.
+__device__ inline float exp2_approximate(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+__device__ inline float reciprocal_approximate(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 // d += a b on the tensor cores: a [16, 16] and b [16, 8] in halves, d [16, 8].
 template <class Element>
 __device__ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);

@@ -37,11 +37,33 @@ __device__ uint32_t pack(Element first, Element second) {
   return low | uint32_t{*reinterpret_cast<const uint16_t*>(&second)} << 16;
 }
 
+// The same two as floats, in two instructions.
+template <class Element>
+__device__ float2 widen_pair(uint32_t pair);
+template <>
+__device__ inline float2 widen_pair<__nv_bfloat16>(uint32_t pair) {
+  return make_float2(__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000));
+}
+template <>
+__device__ inline float2 widen_pair<__half>(uint32_t pair) {
+  return __half22float2(*reinterpret_cast<const __half2*>(&pair));
+}
+
 // Element i of `from`.
 __device__ inline float load_float(const void* from, DType type, int64_t i) {
   if (type == DType::f32) return static_cast<const float*>(from)[i];
   if (type == DType::f16) return to_float(static_cast<const __half*>(from)[i]);
   return to_float(static_cast<const __nv_bfloat16*>(from)[i]);
+}
+
+// Element i of `to`.
+__device__ inline void store_float(float v, void* to, DType type, int64_t i) {
+  if (type == DType::f32)
+    static_cast<float*>(to)[i] = v;
+  else if (type == DType::f16)
+    static_cast<__half*>(to)[i] = from_float<__half>(v);
+  else
+    static_cast<__nv_bfloat16*>(to)[i] = from_float<__nv_bfloat16>(v);
 }
 
 __host__ __device__ inline int size_of(DType type) { return type == DType::f32 ? 4 : 2; }

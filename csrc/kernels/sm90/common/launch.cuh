@@ -1,0 +1,19 @@
+#pragma once
+
+#include <cuda_runtime.h>
+
+namespace ternary::sm90 {
+
+// Launches a kernel that may start beside the one before it: it must call wait_for_prerequisites() before it
+// reads what kernels wrote, parameters of the model apart, and before it writes anything.
+template <class Args>
+cudaError_t launch_overlapping(void (*kernel)(Args), const Args& args, dim3 blocks, unsigned threads,
+                               cudaStream_t stream) {
+  cudaLaunchAttribute overlap = {.id = cudaLaunchAttributeProgrammaticStreamSerialization};
+  overlap.val.programmaticStreamSerializationAllowed = 1;
+  const cudaLaunchConfig_t config = {
+      .gridDim = blocks, .blockDim = dim3(threads), .stream = stream, .attrs = &overlap, .numAttrs = 1};
+  return cudaLaunchKernelEx(&config, kernel, args);
+}
+
+}  // namespace ternary::sm90
