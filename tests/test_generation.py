@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from ternary_ssm import MambaConfig, MambaLM, TernaryConfig, pack_
-from ternary_ssm.generation import SamplingConfig, TextStreamer, filter_scores, generate, stream
+from ternary_ssm.generation import TextStreamer, generate, stream
+from ternary_ssm.sampling import SamplingConfig, filter_scores
 
 VOCAB = 93  # padded to 96
 SMALL = {

@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _generate_arguments(parser: argparse.ArgumentParser) -> None:
-    from .generation import SamplingConfig
+    from .sampling import SamplingConfig
 
     parser.add_argument("--model", required=True, metavar="DIR", help="the model and its tokenizer.json")
     parser.add_argument("--prompt", required=True, action="append", metavar="TEXT", help="may be repeated")
@@ -63,7 +63,8 @@ def _generate_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _generate(args: argparse.Namespace) -> None:
     """Continue prompts: one streams to stdout, several are printed when done."""
-    from .generation import SamplingConfig, TextStreamer, stream
+    from .generation import TextStreamer, stream
+    from .sampling import SamplingConfig
 
     config, device = from_flags(SamplingConfig, args), _device(args.device)
     tokenizer = _tokenizer(args.model)

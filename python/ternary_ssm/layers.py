@@ -150,7 +150,9 @@ class _Mixer(nn.Module):
         # The recurrence is sensitive to A, D and dt_bias.
         return super()._apply(_keep_dtype(fn, *(getattr(self, name) for name in self.dynamics)), recurse)
 
-    def _convolve(self, x: Tensor, state: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
+    def _convolve(
+        self, x: Tensor, state: Tensor | None, cu_seqlens: Tensor | None, mask: Tensor | None
+    ) -> Tensor:
         """x [b, l, c] -> silu(conv(x)) [b, l, c]; state [b or q, w - 1, c] is updated in place."""
         weight, bias = self.conv1d.weight.squeeze(1), self.conv1d.bias
         if state is not None and x.shape[1] == 1 and cu_seqlens is None:
@@ -158,7 +160,7 @@ class _Mixer(nn.Module):
         y, final = torch.ops.ternary.causal_conv1d(x, weight, bias, state, cu_seqlens)
         if state is not None:
             state.copy_(final)
-        return y
+        return y if mask is None else y * mask.unsqueeze(-1).to(y.dtype)
 
 
 class Mamba2(_Mixer):
@@ -187,11 +189,15 @@ class Mamba2(_Mixer):
         conv_state: Tensor | None = None,
         ssm_state: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
+        mask: Tensor | None = None,
     ) -> Tensor:
-        """u [b, l, d_model] -> [b, l, d_model]. States (config.state_shape) are updated in place."""
+        """u [b, l, d_model] -> [b, l, d_model]. States (config.state_shape) are updated in place.
+
+        mask [b, l]: 0 for padding before a sequence, where u is 0 as well: it leaves the states as they are.
+        """
         c = self.config
         z, xBC, dt = self.in_proj(u).split([c.d_inner, c.conv_channels, c.nheads], dim=-1)
-        xBC = self._convolve(xBC, conv_state, cu_seqlens)
+        xBC = self._convolve(xBC, conv_state, cu_seqlens, mask)
         x, B, C = xBC.split([c.d_inner, c.ngroups * c.d_state, c.ngroups * c.d_state], dim=-1)
         x, z_heads = (v.unflatten(-1, (c.nheads, c.headdim)) for v in (x, z))
         B, C = (v.unflatten(-1, (c.ngroups, c.d_state)) for v in (B, C))
@@ -246,11 +252,15 @@ class Mamba(_Mixer):
         conv_state: Tensor | None = None,
         ssm_state: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
+        mask: Tensor | None = None,
     ) -> Tensor:
-        """u [b, l, d_model] -> [b, l, d_model]. States (config.state_shape) are updated in place."""
+        """u [b, l, d_model] -> [b, l, d_model]. States (config.state_shape) are updated in place.
+
+        mask [b, l]: 0 for padding before a sequence, where u is 0 as well: it leaves the states as they are.
+        """
         c = self.config
         x, z = self.in_proj(u).chunk(2, dim=-1)
-        x = self._convolve(x, conv_state, cu_seqlens)
+        x = self._convolve(x, conv_state, cu_seqlens, mask)
         dt, B, C = self.x_proj(x).split([c.dt_rank, c.d_state, c.d_state], dim=-1)
         dt_bias = self.dt_proj.bias.float()  # added in fp32 by the scan: in 16 bits it would cost 1 % of dt
         A = -torch.exp(self.A_log)

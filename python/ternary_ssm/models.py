@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import checkpoints, generation
+from . import checkpoints, generation, graphs
 from .config import MambaConfig, TernaryConfig
 from .layers import Int8Table, Mamba, Mamba2, TernaryMamba, TernaryMamba2
 
@@ -19,11 +19,11 @@ from .layers import Int8Table, Mamba, Mamba2, TernaryMamba, TernaryMamba2
 class MambaCache:
     """The states of a batch of sequences: all that decoding needs of the past. Updated in place.
 
-    conv: per layer [b, d_conv - 1, conv_channels]; ssm: per layer config.state_shape(b).
+    conv: [n_layer, b, d_conv - 1, conv_channels]; ssm: [n_layer, *config.state_shape(b)].
     """
 
-    conv: list[Tensor]
-    ssm: list[Tensor]
+    conv: Tensor
+    ssm: Tensor
 
     @classmethod
     def empty(
@@ -35,11 +35,10 @@ class MambaCache:
         state_dtype: torch.dtype = torch.float32,
     ) -> MambaCache:
         """States of sequences not begun; `dtype` is the activations', `state_dtype` the recurrence's."""
-        conv_shape = (batch, config.d_conv - 1, config.conv_channels)
-        layers = range(config.n_layer)
+        conv = (config.n_layer, batch, config.d_conv - 1, config.conv_channels)
         return cls(
-            [torch.zeros(conv_shape, device=device, dtype=dtype) for _ in layers],
-            [torch.zeros(config.state_shape(batch), device=device, dtype=state_dtype) for _ in layers],
+            torch.zeros(conv, device=device, dtype=dtype),
+            torch.zeros(config.n_layer, *config.state_shape(batch), device=device, dtype=state_dtype),
         )
 
 
@@ -152,6 +151,10 @@ class MambaLM(nn.Module):
 
     def empty_cache(self, batch: int, state_dtype: torch.dtype = torch.float32) -> MambaCache:
         return MambaCache.empty(self.config, batch, self.device, self.dtype, state_dtype)
+
+    def _apply(self, fn, recurse=True):
+        graphs.release(self)  # they know the tensors by their addresses
+        return super()._apply(fn, recurse)
 
     def generate(
         self, input_ids: generation.Prompts, max_new_tokens: int, **sampling: Any

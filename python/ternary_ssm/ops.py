@@ -13,7 +13,7 @@ from . import reference
 
 _OPERATORS = ("quantize", "pack", "unpack", "dequantize", "gemm", "causal_conv1d", "causal_conv1d_update")
 _OPERATORS += ("selective_scan", "selective_scan_fused", "selective_scan_update", "ssd", "ssd_update")
-_OPERATORS += ("rms_norm_gated", "add_rms_norm")
+_OPERATORS += ("rms_norm_gated", "add_rms_norm", "decode")
 
 
 @torch.library.register_fake("ternary::quantize")
@@ -157,6 +157,11 @@ def _(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
         return torch.ops.ternary.add_rms_norm(x, residual, weight, eps)
 
 
+@torch.library.register_fake("ternary::decode")
+def _(tokens, embedding, *_args, **_options):
+    return embedding.new_empty(*tokens.shape, embedding.shape[1], dtype=torch.float32)
+
+
 def _serves(package: str, x: Tensor, cu_seqlens: Tensor | None) -> bool:
     """Whether another package's GPU kernels take x: in 16 bits alone, since they multiply fp32 as tf32."""
     return x.is_cuda and x.itemsize == 2 and x.numel() > 0 and cu_seqlens is None and bool(find_spec(package))
@@ -241,12 +246,28 @@ def _differentiate(name: str, function: Callable) -> None:
     torch.library.register_autograd(f"ternary::{name}", backward, setup_context=setup_context)
 
 
+def _decode(*args, **options):
+    """decode by one operator after another."""
+    return reference.decode(*args, **options, operators=torch.ops.ternary)
+
+
 # Operators whose differentiable form is not simply their reference.
-_FUNCTIONS = {"causal_conv1d": _causal_conv1d, "ssd": _ssd}
+_FUNCTIONS = {"causal_conv1d": _causal_conv1d, "ssd": _ssd, "decode": _decode}
 
 for _name in ("causal_conv1d", "selective_scan", "selective_scan_fused", "ssd", "rms_norm_gated"):
     _differentiate(_name, _FUNCTIONS.get(_name, getattr(reference, _name)))
 
-for _name in _OPERATORS:
-    if not torch._C._dispatch_has_kernel_for_dispatch_key(f"ternary::{_name}", "CUDA"):
-        torch.library.impl(f"ternary::{_name}", "CUDA")(_FUNCTIONS.get(_name, getattr(reference, _name)))
+
+def has_kernel(name: str, device: str) -> bool:
+    """Whether the operator has a kernel of ours on "cpu" or "cuda"."""
+    return (name, device) not in _WITHOUT_KERNEL
+
+
+_WITHOUT_KERNEL = {
+    (name, device)
+    for name in _OPERATORS
+    for device in ("cpu", "cuda")
+    if not torch._C._dispatch_has_kernel_for_dispatch_key(f"ternary::{name}", device.upper())
+}
+for _name, _device in _WITHOUT_KERNEL:
+    torch.library.impl(f"ternary::{_name}", _device)(_FUNCTIONS.get(_name, getattr(reference, _name)))

@@ -10,7 +10,9 @@ another in a batch of one, and the states have q rows. States are float32 unless
 """
 
 import math
+import sys
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -298,6 +300,59 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Ten
     acc = _accumulate(residual)
     residual.copy_(residual.to(acc) + x.to(acc))
     return (F.rms_norm(residual.to(acc), residual.shape[-1:], eps=eps) * weight.to(acc)).to(weight.dtype)
+
+
+def decode(
+    tokens: Tensor,
+    embedding: Tensor,
+    embedding_scale: Tensor | None,
+    norm: Tensor,
+    in_codes: Tensor,
+    in_scales: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor | None,
+    conv_state: Tensor,
+    dt_bias: Tensor,
+    A: Tensor,
+    D: Tensor,
+    ssm_state: Tensor,
+    gate_norm: Tensor,
+    out_codes: Tensor,
+    out_scales: Tensor,
+    workspace: Tensor,
+    eps: float,
+    dt_min: float = 0.0,
+    dt_max: float | None = None,
+    operators: Any = None,
+) -> Tensor:
+    """One token a sequence through every layer of a Mamba-2 model: the residual stream behind the last one.
+
+    tokens int64 [b], embedding [v, d], or int8 with embedding_scale [v, 1]; then one slice a layer, L in all:
+    norm [L, d], in_codes [L, 2 (h p + n) + h, d / 4] for z, x, B, C, dt, conv_weight [L, c, w], dt_bias, A, D
+    [L, h], gate_norm [L, h p], out_codes [L, d, h p / 4], scales as in gemm; the states, updated in place,
+    conv_state [L, b, w - 1, c], ssm_state [L, b, h, p, n] -> x float32 [b, d]. In each layer
+    z, xBC, dt = gemm(RMSNorm(x), in);  y = ssd(silu(conv(xBC)), dt);  x <- x + gemm(RMSNorm(y silu(z)), out).
+    Activations are rounded to norm's dtype; a kernel may keep them in float32. workspace is the kernel's own.
+    operators: where gemm and the updates come from, this module by default.
+    """
+    run, dtype, acc = operators or sys.modules[__name__], norm.dtype, _accumulate(norm)
+    layers, b, h, p, n = ssm_state.shape
+    x = embedding[tokens]
+    if embedding_scale is not None:
+        x = x.to(acc) * embedding_scale[tokens].to(acc)
+    x = x.to(dtype).to(acc)
+    for i in range(layers):
+        u = F.rms_norm(x.to(dtype), x.shape[-1:], norm[i], eps)
+        z, xBC, dt = run.gemm(u, in_codes[i], in_scales[i]).split([h * p, h * p + 2 * n, h], dim=-1)
+        bias = None if conv_bias is None else conv_bias[i]
+        xBC = run.causal_conv1d_update(xBC, conv_state[i], conv_weight[i], bias)
+        heads, B, C = xBC.split([h * p, n, n], dim=-1)
+        heads, B, C = heads.reshape(b, h, p), B.unsqueeze(1), C.unsqueeze(1)
+        options = (None, dt_bias[i], True, dt_min, dt_max)
+        y = run.ssd_update(heads, ssm_state[i], dt, A[i], B, C, D[i], *options).reshape(b, h * p)
+        y = F.rms_norm(y.to(acc) * F.silu(z.to(acc)), (h * p,), eps=eps) * gate_norm[i].to(acc)
+        x = x + run.gemm(y.to(dtype), out_codes[i], out_scales[i])
+    return x
 
 
 class ReferenceMode(TorchDispatchMode):

@@ -1,4 +1,5 @@
-"""Model surgery: quantize_ makes a model's projections ternary for training, pack_ for inference.
+"""Model surgery: quantize_ makes a model's projections ternary for training, pack_ for inference;
+replace_mixers_ gives the models of other libraries our mixers.
 
 quantize_ works by parametrization of `.weight`, not by other modules: transformers and mamba_ssm read
 `in_proj.weight` and `out_proj.weight` raw on their fused paths, and a parametrized weight cannot be bypassed.
@@ -13,6 +14,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from .config import TernaryConfig
+from .hosts import MIXERS, config_of
 from .layers import Int8Table, TernaryLinear
 from .models import MambaLM
 from .quantizer import FakeQuantize
@@ -75,6 +77,26 @@ def pack_(
             module.use_mem_eff_path = False
     if isinstance(model, MambaLM):
         _describe(model, config, list(quantized))
+    return model
+
+
+def replace_mixers_(model: nn.Module) -> nn.Module:
+    """Replaces the mixers of a transformers or mamba_ssm model by ours, in place; returns the model.
+
+    The parameters are the same and keep their names; the model's forward, generate() and caches work on.
+    A_log, D and dt_bias become fp32.
+    Raises ValueError on a model without such mixers, and on settings that this package does not run.
+    """
+    found = [
+        (name, m) for name, m in model.named_modules() if (type(m).__module__, type(m).__name__) in MIXERS
+    ]
+    if not found:
+        raise ValueError(f"{type(model).__name__} has no mixers of transformers or mamba_ssm to replace")
+    config = config_of(model)
+    for name, mixer in found:
+        parent, _, child = name.rpartition(".")
+        ours = MIXERS[type(mixer).__module__, type(mixer).__name__].adopt(mixer, config)
+        setattr(model.get_submodule(parent), child, ours)
     return model
 
 

@@ -1,0 +1,150 @@
+"""Writes the README's tables and the plots from the committed JSON files.
+
+    python benchmarks/report.py
+
+A table stands between <!-- NAME --> and <!-- /NAME -->; the plots lie beside their files.
+"""
+
+import json
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+RESULTS = Path(__file__).parent / "results"
+README = Path(__file__).parents[1] / "README.md"
+OPS, MODEL, SCAN = (RESULTS / f"h200_{name}.json" for name in ("ops", "model", "scan"))
+ROWS = (1, 8, 64, 512, 4096)  # of the table of products
+BATCHES = (1, 8, 64, 256)
+LIBRARIES = {"ternary_ssm": "-", "mamba_ssm": "--"}  # and their lines
+
+
+def table(head: Iterable[object], rows: Iterable[Iterable[object]]) -> str:
+    lines = ["| " + " | ".join(map(str, row)) + " |" for row in (head, *rows)]
+    return "\n".join([lines[0], "|" + "---|" * lines[0].count(" | ") + "---|", *lines[1:]])
+
+
+def figure(value: float | None) -> str:
+    """Three digits, or nothing."""
+    return "" if value is None else f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def ops(records: list[dict]) -> str:
+    """Microseconds over rows of x."""
+    times = {(r["op"], r["impl"], r["m"]): r["median_us"] for r in records}
+    impls = list(dict.fromkeys(r["impl"] for r in records))
+    rows = [
+        (f"{name} {impl}", *(figure(times.get((f"gemm 1.3b {name}", impl, m))) for m in ROWS))
+        for name in ("in_proj", "out_proj")
+        for impl in impls
+    ]
+    return table(["us, 1.3b", *(f"M = {m}" for m in ROWS)], rows)
+
+
+def _models(
+    records: list[dict], bench: str, column: Callable[[dict], object], columns: list, head: str
+) -> str:
+    """A row a model and way of running it, milliseconds by column."""
+    times: dict[tuple, dict] = {}
+    for r in (r for r in records if r["bench"] == bench):
+        types = f"{r['state_dtype']} state, {r['head_dtype']} head" if r["head_dtype"] else r["state_dtype"]
+        times.setdefault((r["model"], r["impl"], r["mode"], types), {})[column(r)] = r["median_ms"]
+    rows = [(*key, *(figure(found.get(c)) for c in columns)) for key, found in times.items()]
+    return table(["model", "", "", head, *columns], rows)
+
+
+def decode(records: list[dict]) -> str:
+    return _models(records, "decode", lambda r: r["batch"], list(BATCHES), "ms a step, by batch")
+
+
+def prefill(records: list[dict]) -> str:
+    shapes = sorted({(r["batch"], r["length"]) for r in records if r["bench"] == "prefill"})
+    return _models(records, "prefill", lambda r: (r["batch"], r["length"]), shapes, "ms, by batch and length")
+
+
+def scan(records: list[dict]) -> str:
+    parts = []
+    for bench in ("ssd", "scan", "step"):
+        shapes = sorted({(r["batch"], r["length"]) for r in records if r["bench"] == bench})
+        shapes = [s for s in shapes if s[1] > 1 or s[0] in BATCHES]
+        parts.append(_models(records, bench, lambda r: (r["batch"], r["length"]), shapes, f"{bench}, ms"))
+    return "\n\n".join(parts)
+
+
+TABLES = {"ops": (OPS, ops), "decode": (MODEL, decode), "prefill": (MODEL, prefill), "scan": (SCAN, scan)}
+
+
+def with_tables(text: str, tables: dict[str, tuple[Path, Callable[[list[dict]], str]]] = TABLES) -> str:
+    """The text with every table that it has a place for. KeyError on a place for an unknown one."""
+
+    def fill(match: re.Match) -> str:
+        path, make = tables[match[1]]
+        data = json.loads(path.read_text())
+        origin = f"{data['header']['device']}, `benchmarks/results/{path.name}`:"
+        return f"<!-- {match[1]} -->\n{origin}\n\n{make(data['records'])}\n<!-- /{match[1]} -->"
+
+    return re.sub(r"<!-- (\w+) -->\n.*?<!-- /\1 -->", fill, text, flags=re.DOTALL)
+
+
+def plot_ops(path: Path) -> None:
+    """Microseconds over rows, a panel a shape, above the roofline of what the device reads and multiplies."""
+    import matplotlib.pyplot as plt
+
+    data = json.loads(path.read_text())
+    head, records = data["header"], data["records"]
+    names = list(dict.fromkeys(r["op"] for r in records))
+    _, axes = plt.subplots(1, len(names), figsize=(4.5 * len(names), 4), sharey=True, layout="constrained")
+    for axis, name in zip(axes if len(names) > 1 else [axes], names, strict=True):
+        mine = [r for r in records if r["op"] == name]
+        for impl in dict.fromkeys(r["impl"] for r in mine):
+            points = sorted((r["m"], r["median_us"]) for r in mine if r["impl"] == impl)
+            axis.loglog(*zip(*points, strict=True), marker=".", label=impl)
+        ours = sorted((r for r in mine if r["impl"] == "ternary_ssm"), key=lambda r: r["m"])
+        roof = [
+            max(r["bytes"] / head["read_bytes_per_s"], r["flops"] / head["product_flops_per_s"]) * 1e6
+            for r in ours
+        ]
+        axis.loglog([r["m"] for r in ours], roof, "k:", label="roofline, 2 bits a weight")
+        axis.set(title=f"{name} [{mine[0]['n']}, {mine[0]['k']}]", xlabel="rows of x")
+        axis.grid(alpha=0.3)
+    (axes if len(names) == 1 else axes[0]).set_ylabel("us")
+    (axes if len(names) == 1 else axes[0]).legend(fontsize="small")
+    plt.suptitle(head["device"])
+    plt.savefig(path.with_suffix(".png"), dpi=110)
+    plt.close()
+
+
+def plot_decode(path: Path) -> None:
+    """Milliseconds a step over the batch, by CUDA graph, a panel a generation."""
+    import matplotlib.pyplot as plt
+
+    data = json.loads(path.read_text())
+    lines: dict[tuple[str, str], dict[tuple, list]] = {}
+    for r in (r for r in data["records"] if r["bench"] == "decode" and r["mode"] == "graph"):
+        types = r["state_dtype"], r["head_dtype"]
+        found = lines.setdefault((r["model"], r["impl"]), {})
+        found.setdefault(types, []).append((r["batch"], r["median_ms"]))
+    colors = {model: f"C{i}" for i, model in enumerate(dict.fromkeys(model for model, _ in lines))}
+    _, axes = plt.subplots(1, 2, figsize=(11, 4.5), sharey=True, layout="constrained")
+    for axis, generation in zip(axes, ("mamba2-", "mamba-"), strict=True):
+        axis.set(title=generation.rstrip("-"), xlabel="batch", ylabel="ms a step")
+        axis.grid(alpha=0.3)
+        for (model, impl), by_types in lines.items():
+            if model.startswith(generation):
+                points = sorted(next(iter(by_types.values())))
+                style = {"linestyle": LIBRARIES[impl], "color": colors[model], "marker": "."}
+                axis.loglog(*zip(*points, strict=True), label=f"{model} {impl}", **style)
+                axis.legend(fontsize="x-small")
+    plt.suptitle(data["header"]["device"])
+    plt.savefig(path.with_name(path.stem + "_decode.png"), dpi=110)
+    plt.close()
+
+
+def main() -> None:
+    README.write_text(with_tables(README.read_text()))
+    for path, plot in ((OPS, plot_ops), (MODEL, plot_decode)):
+        if path.exists():
+            plot(path)
+
+
+if __name__ == "__main__":
+    main()

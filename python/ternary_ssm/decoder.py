@@ -1,0 +1,159 @@
+"""Decoder: one token through all layers of a Mamba-2 model by one operator, on weights stacked by kind."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from .layers import Int8Table, TernaryLinear
+
+if TYPE_CHECKING:
+    from .config import MambaConfig
+    from .models import MambaCache, MambaLM
+
+BATCHES = range(1, 9)  # rows that the CUDA kernel takes
+# The operator's name of a kind of weight -> where it lies in a block.
+_KINDS = {
+    "norm": "norm.weight",
+    "in_codes": "mixer.in_proj.weight",
+    "in_scales": "mixer.in_proj.weight_scale",
+    "conv_weight": "mixer.conv1d.weight",
+    "conv_bias": "mixer.conv1d.bias",
+    "dt_bias": "mixer.dt_bias",
+    "A_log": "mixer.A_log",
+    "D": "mixer.D",
+    "gate_norm": "mixer.norm.weight",
+    "out_codes": "mixer.out_proj.weight",
+    "out_scales": "mixer.out_proj.weight_scale",
+}
+
+
+def decode_workspace(config: MambaConfig, batch: int, device: torch.device | str) -> Tensor:
+    """What the kernel keeps between calls, zero at the start; nothing on the CPU."""
+    return torch.zeros(0, dtype=torch.int32, device=device)
+
+
+class Decoder:
+    """decoder(tokens [b], cache) -> the residual stream behind the last layer, fp32 [b, d_model].
+
+    The layers' tensors become views of one stack a kind, so that no second copy stays in memory.
+    """
+
+    def __init__(self, model: MambaLM) -> None:
+        self.config, self.backbone = model.config, model.backbone
+        self.stacks: dict[str, Tensor] = {}
+        self.workspaces: dict[int, Tensor] = {}  # by batch
+        self._stack()
+
+    @staticmethod
+    def supports(model: MambaLM, batch: int) -> bool:
+        """Whether the operator's kernel runs this model, as it stands, on so many rows."""
+        c, ternary = model.config, model.ternary
+        if not c.is_mamba2 or ternary is None or batch not in BATCHES:
+            return False
+        shape = (c.rms_norm, c.residual_in_fp32, c.ngroups, c.norm_groups, c.d_state, c.d_conv)
+        options = (c["rmsnorm"], c["norm_before_gate"], c["D_has_hdim"], c["bias"])
+        group, blocks = ternary.group_size, model.backbone.layers
+        on_cpu = model.device.type == "cpu"  # where other operators are called, which take fp32 too
+        return (
+            shape == (True, True, 1, 1, 128, 4)
+            and options == (True, False, False, False)
+            and c.d_model % 128 == 0
+            and (on_cpu or model.dtype.itemsize == ternary.torch_scale_dtype.itemsize == 2)
+            and c.headdim % 8 == 0
+            and (group in ("row", "tensor") or group % 128 == 0)
+            and all(
+                isinstance(linear, TernaryLinear)
+                for b in blocks
+                for linear in (b.mixer.in_proj, b.mixer.out_proj)
+            )
+            and all(_alike([_find(b, path) for b in blocks]) for path in _KINDS.values())
+        )
+
+    def refresh(self) -> None:
+        """To be called when the model may have changed since: stacks anew tensors that were replaced."""
+        if not self.watch.unchanged():
+            self._stack()
+        self.update()
+
+    def update(self) -> None:
+        """To be called when values may have changed in place."""
+        with torch.no_grad():
+            torch.exp(self.stacks["A_log"], out=self.A).neg_()
+
+    def __call__(self, tokens: Tensor, cache: MambaCache) -> Tensor:
+        """Updates the cache in place."""
+        table, c, s = self.backbone.embeddings, self.config, self.stacks
+        scale = table.weight_scale if isinstance(table, Int8Table) else None
+        if len(tokens) not in self.workspaces:
+            with torch.inference_mode(False):  # of use in either mode, as A is
+                self.workspaces[len(tokens)] = decode_workspace(c, len(tokens), tokens.device)
+        return torch.ops.ternary.decode(
+            *(tokens, table.weight.detach(), scale, s["norm"], s["in_codes"], s["in_scales"]),
+            *(s["conv_weight"].squeeze(2), s.get("conv_bias"), cache.conv, s["dt_bias"], self.A, s["D"]),
+            *(cache.ssm, s["gate_norm"], s["out_codes"], s["out_scales"]),
+            *(self.workspaces[len(tokens)], c.norm_epsilon, *c.dt_limit),
+        )
+
+    def _stack(self) -> None:
+        self.stacks.clear()
+        for kind, path in _KINDS.items():
+            if (stack := _stack(self.backbone.layers, path)) is not None:
+                self.stacks[kind] = stack
+        with torch.inference_mode(False):
+            self.A = torch.empty_like(self.stacks["A_log"])
+        self.watch = Watch(self.backbone.layers)
+        self.update()
+
+
+class Watch:
+    """Tells whether a module's tensors or parts were replaced since; changes in place do not matter."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.parts = [(m._modules, dict(m._modules)) for m in module.modules()]
+        self.tensors = [(owner, dict(_places(owner))) for m in module.modules() for owner in _owners(m)]
+
+    def unchanged(self) -> bool:
+        return all(now == then for now, then in self.parts) and all(
+            dict(_places(owner)) == then for owner, then in self.tensors
+        )
+
+
+def _owners(module: nn.Module) -> list[dict[str, Tensor | None]]:
+    return [owner for owner in (module._parameters, module._buffers) if owner]
+
+
+def _places(owner: dict[str, Tensor | None]) -> Iterator[tuple[str, tuple]]:
+    return ((name, (t.data_ptr(), t.dtype)) for name, t in owner.items() if t is not None)
+
+
+def _find(block: nn.Module, path: str) -> Tensor | None:
+    value = block
+    for name in path.split("."):
+        value = getattr(value, name)
+    return value
+
+
+def _alike(tensors: list[Tensor | None]) -> bool:
+    """Whether the tensors can be stacked."""
+    return len({t is None or (t.shape, t.dtype, t.device) for t in tensors}) == 1
+
+
+def _stack(blocks: nn.ModuleList, path: str) -> Tensor | None:
+    """[L, ...] of one kind of weight, whose slices become the blocks' own tensors."""
+    module_path, _, name = path.rpartition(".")
+    tensors = [_find(block, path) for block in blocks]
+    if tensors[0] is None:
+        return None
+    # What was no inference tensor is none afterwards: the model may be trained.
+    with torch.inference_mode(tensors[0].is_inference()), torch.no_grad():
+        stack = torch.stack([t.detach() for t in tensors])
+        for block, tensor, view in zip(blocks, tensors, stack, strict=True):
+            if isinstance(tensor, nn.Parameter):
+                tensor.data = view
+            else:
+                block.get_submodule(module_path).register_buffer(name, view)
+    return stack

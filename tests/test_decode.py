@@ -1,0 +1,211 @@
+"""decode, the operator of a token through all layers, and the Decoder that stacks weights for it."""
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor
+
+from ternary_ssm import MambaConfig, MambaLM, TernaryConfig, pack_, reference
+from ternary_ssm.decoder import BATCHES, Decoder
+
+BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
+STATES = (8, 12)  # the arguments conv_state and ssm_state
+
+
+def build(ternary: TernaryConfig | None = None, dtype=F32, device="cpu", d_model=256, **ssm_cfg) -> MambaLM:
+    torch.manual_seed(0)
+    config = MambaConfig(d_model=d_model, n_layer=3, vocab_size=90, ssm_cfg={"headdim": 32} | ssm_cfg)
+    model = MambaLM(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(("norm.weight", ".D")):
+                parameter.uniform_(0.5, 1.5)
+    return pack_(model, ternary or TernaryConfig()).to(dtype).to(device).eval()
+
+
+def arguments(model: MambaLM, batch: int, state_dtype=F32) -> list:
+    """Those of the operator, with states of a sequence under way."""
+    seen = []
+    cache = model.empty_cache(batch, state_dtype)
+    cache.conv.normal_()
+    cache.ssm.normal_()
+    tokens = torch.randint(90, (batch,), device=model.device)
+    original, torch.ops.ternary.decode = torch.ops.ternary.decode, lambda *args: seen.extend(args)
+    try:
+        Decoder(model)(tokens, cache)
+    finally:
+        torch.ops.ternary.decode = original
+    return seen
+
+
+def copied(args: list, dtype: torch.dtype | None = None) -> list:
+    """Copies; of the floats in another dtype if asked for. Scales and tables keep theirs: they are data."""
+
+    def convert(value):
+        if not isinstance(value, Tensor):
+            return value
+        return value.clone() if dtype is None or not value.is_floating_point() else value.to(dtype, copy=True)
+
+    return [convert(value) for value in args]
+
+
+@pytest.mark.parametrize("batch", [1, 2, 5, 8])
+@pytest.mark.parametrize("dtype", [F32, BF16, F16])
+@pytest.mark.parametrize(
+    "ternary",
+    [
+        TernaryConfig(),
+        TernaryConfig(group_size="row", embedding="int8"),
+        TernaryConfig(group_size="tensor", scale_dtype="bfloat16"),
+    ],
+    ids=["128", "row", "tensor"],
+)
+def test_as_good_as_the_reference_in_the_same_dtype(device, dtype, ternary, batch):
+    if device == "cuda" and dtype == F32:
+        pytest.skip("16 bits alone")
+    args = arguments(build(ternary, dtype, device), batch)
+    ours, same, exact = copied(args), copied(args), copied(args, torch.float64)
+    y, y_same, y_exact = torch.ops.ternary.decode(*ours), reference.decode(*same), reference.decode(*exact)
+    assert y.dtype == F32 and y.shape == (batch, 256)
+    pairs = [(y, y_same, y_exact)] + [(ours[i], same[i], exact[i]) for i in STATES]
+    for got, torch_got, want in pairs:
+        epsilon = 4 * torch.finfo(got.dtype).eps * want.abs().max()
+        assert (got - want).abs().max() <= 2 * (torch_got - want).abs().max() + epsilon
+
+
+@pytest.mark.parametrize("options", [{"conv_bias": False}, {"dt_limit": (0.01, 0.05)}, {"headdim": 64}])
+def test_options(device, options):
+    args = arguments(build(dtype=BF16, device=device, **options), 3)
+    y, expected = torch.ops.ternary.decode(*copied(args)), reference.decode(*copied(args))
+    torch.testing.assert_close(y, expected, rtol=0.02, atol=0.05)
+
+
+@pytest.mark.parametrize("state_dtype", [F32, BF16])
+def test_opcheck(state_dtype):
+    args = arguments(build(dtype=BF16), 2, state_dtype)
+    torch.library.opcheck(torch.ops.ternary.decode.default, tuple(args))
+
+
+def test_rows_are_independent(device):
+    dtype = F32 if device == "cpu" else BF16
+    args, tolerance = arguments(build(dtype=dtype, device=device), 4), 100 * torch.finfo(dtype).eps
+    together = torch.ops.ternary.decode(*copied(args))
+    for i in range(4):
+        alone = copied(args)
+        alone[0] = alone[0][i : i + 1]
+        for j in STATES:
+            alone[j] = alone[j][:, i : i + 1].contiguous()
+        y = torch.ops.ternary.decode(*alone)
+        torch.testing.assert_close(y, together[i : i + 1], rtol=tolerance, atol=tolerance)
+
+
+# Decoder
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("embedding", ["float", "int8"])
+def test_decoder_is_the_layers_path(dtype, embedding):
+    model = build(TernaryConfig(embedding=embedding), dtype)
+    decoder, prompt = Decoder(model), torch.tensor([[1, 2, 3], [80, 4, 4]])
+    caches = [model.empty_cache(2) for _ in range(2)]
+    with torch.no_grad():
+        for cache in caches:
+            model(prompt, cache)
+        for tokens in torch.tensor([[5, 6], [7, 89], [0, 0]]):
+            expected = model(tokens.unsqueeze(1), caches[0]).logits[:, 0]
+            hidden = decoder(tokens, caches[1])
+            assert torch.equal(model.logits(model.backbone.norm_f(hidden.to(dtype))), expected)
+    assert torch.equal(caches[0].conv, caches[1].conv) and torch.equal(caches[0].ssm, caches[1].ssm)
+
+
+def test_stacks_are_the_models_tensors():
+    model = build()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    parameters = dict(model.named_parameters())
+    with torch.inference_mode():
+        decoder = Decoder(model)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert all(parameters[name] is p for name, p in model.named_parameters())
+    storages = {t.untyped_storage().data_ptr() for t in model.backbone.layers.state_dict().values()}
+    assert storages == {s.untyped_storage().data_ptr() for s in decoder.stacks.values()}
+    model(torch.tensor([[1, 2]])).logits.sum().backward()  # trainable still
+    assert model.backbone.layers[2].mixer.D.grad is not None
+
+
+def test_a_model_made_in_inference_mode():
+    with torch.inference_mode():
+        model, tokens = build(), torch.tensor([1, 2])
+        caches = [model.empty_cache(2) for _ in range(2)]
+        hidden = Decoder(model)(tokens, caches[0])
+        assert torch.equal(
+            model.backbone.norm_f(hidden), model.backbone(tokens.unsqueeze(1), caches[1])[:, 0]
+        )
+
+
+def test_a_stacked_model_is_saved_and_copied(tmp_path):
+    model = build()
+    Decoder(model)
+    model.save_pretrained(tmp_path)
+    ids = torch.tensor([[1, 2, 3]])
+    with torch.no_grad():
+        expected = model(ids).logits
+        for other in (MambaLM.from_pretrained(tmp_path), copy.deepcopy(model)):
+            assert torch.equal(other(ids).logits, expected)
+
+
+def test_refresh_sees_replaced_and_changed_tensors():
+    model, tokens = build(), torch.tensor([3, 4])
+
+    def check() -> None:
+        decoder.refresh()
+        fresh = Decoder(copy.deepcopy(model))
+        caches = [model.empty_cache(2) for _ in range(2)]
+        assert torch.equal(decoder(tokens, caches[0]), fresh(tokens, caches[1]))
+
+    decoder = Decoder(model)
+    stack = decoder.stacks["in_codes"]
+    with torch.no_grad():
+        model.backbone.layers[1].mixer.A_log.add_(0.5)  # in place
+        check()
+        assert decoder.stacks["in_codes"] is stack
+        model.to(BF16)  # every tensor
+        check()
+        model.backbone.layers[0].mixer.in_proj.weight = torch.zeros_like(stack[0])  # one tensor
+        check()
+        other = build(TernaryConfig(group_size="row"), BF16).backbone.layers[0].mixer.in_proj
+        for block in model.backbone.layers:
+            block.mixer.in_proj = copy.deepcopy(other)  # modules
+        check()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("d_model", 192),
+        ("d_state", 64),
+        ("ngroups", 2),
+        ("headdim", 4),
+        ("d_conv", 3),
+        ("rmsnorm", False),
+        ("norm_before_gate", True),
+        ("D_has_hdim", True),
+        ("bias", True),
+    ],
+)
+def test_unsupported_shapes(options):
+    assert Decoder.supports(build(), 1)
+    assert not Decoder.supports(build(TernaryConfig(group_size="row"), **dict([options])), 1)
+
+
+def test_unsupported_models():
+    model = build()
+    assert [b for b in range(12) if Decoder.supports(model, b)] == list(BATCHES)
+    assert not Decoder.supports(build(TernaryConfig(group_size=64)), 1)
+    assert not Decoder.supports(build(TernaryConfig(modules=("in_proj",))), 1)
+    config = MambaConfig(d_model=256, n_layer=2, vocab_size=90)
+    assert not Decoder.supports(MambaLM(config), 1)  # dense
+    mamba1 = MambaConfig(d_model=256, n_layer=2, vocab_size=90, ssm_cfg={"layer": "Mamba1"})
+    assert not Decoder.supports(pack_(MambaLM(mamba1), TernaryConfig()), 1)
+    model.backbone.layers[1].norm.to(BF16)
+    assert not Decoder.supports(model, 1)  # layers of different dtypes
