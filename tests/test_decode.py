@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from ternary_ssm import MambaConfig, MambaLM, TernaryConfig, pack_, reference
-from ternary_ssm.decoder import BATCHES, Decoder
+from ternary_ssm import _C, MambaConfig, MambaLM, TernaryConfig, pack_, reference
+from ternary_ssm.decoder import Decoder, decode_workspace
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
-STATES = (8, 12)  # the arguments conv_state and ssm_state
+STATES, WORKSPACE = (8, 12), 16  # the arguments conv_state and ssm_state, and workspace
 
 
 def build(ternary: TernaryConfig | None = None, dtype=F32, device="cpu", d_model=256, **ssm_cfg) -> MambaLM:
@@ -89,13 +89,15 @@ def test_opcheck(state_dtype):
 
 def test_rows_are_independent(device):
     dtype = F32 if device == "cpu" else BF16
-    args, tolerance = arguments(build(dtype=dtype, device=device), 4), 100 * torch.finfo(dtype).eps
+    model, tolerance = build(dtype=dtype, device=device), 100 * torch.finfo(dtype).eps
+    args = arguments(model, 4)
     together = torch.ops.ternary.decode(*copied(args))
     for i in range(4):
         alone = copied(args)
         alone[0] = alone[0][i : i + 1]
         for j in STATES:
             alone[j] = alone[j][:, i : i + 1].contiguous()
+        alone[WORKSPACE] = decode_workspace(model.config, 1, device)
         y = torch.ops.ternary.decode(*alone)
         torch.testing.assert_close(y, together[i : i + 1], rtol=tolerance, atol=tolerance)
 
@@ -200,7 +202,7 @@ def test_unsupported_shapes(options):
 
 def test_unsupported_models():
     model = build()
-    assert [b for b in range(12) if Decoder.supports(model, b)] == list(BATCHES)
+    assert [b for b in range(12) if Decoder.supports(model, b)] == list(range(1, 9))
     assert not Decoder.supports(build(TernaryConfig(group_size=64)), 1)
     assert not Decoder.supports(build(TernaryConfig(modules=("in_proj",))), 1)
     config = MambaConfig(d_model=256, n_layer=2, vocab_size=90)
@@ -209,3 +211,47 @@ def test_unsupported_models():
     assert not Decoder.supports(pack_(MambaLM(mamba1), TernaryConfig()), 1)
     model.backbone.layers[1].norm.to(BF16)
     assert not Decoder.supports(model, 1)  # layers of different dtypes
+
+
+# The kernel's plan
+
+H200 = 132  # multiprocessors
+PUBLISHED = {"130m": (768, 24), "370m": (1024, 32), "780m": (1536, 48), "1.3b": (2048, 64), "2.7b": (2560, 80)}
+
+
+def plan(d_model: int, heads: int, batch: int = 1, group: int = 128, state_bytes: int = 4, sms: int = H200):
+    return _C.decode_plan(
+        batch, d_model, heads, 64, d_model // group, 2 * d_model // group, state_bytes, sms
+    )
+
+
+@pytest.mark.parametrize("batch", range(1, 9))
+@pytest.mark.parametrize("model", PUBLISHED)
+def test_plan_of_the_published_models(model, batch):
+    d_model, heads = PUBLISHED[model]
+    found = plan(d_model, heads, batch)
+    if model == "2.7b" and batch > 4:
+        assert found == {"expected": "less shared memory"}
+        return
+    assert found["expected"] is None and found["blocks"] == H200
+    assert found["shared_bytes"] <= 227 * 1024 and min(found["depths"]) >= 1
+    # Every row of in_proj and out_proj has a block.
+    assert found["shared_tiles"] * 16 >= 256 + heads > (found["shared_tiles"] - 1) * 16
+    assert found["other_units"] + found["shared_blocks_units"] == 2 * d_model // 8
+    assert found["max_units"] * 8 <= 2 * found["warps"]
+    assert found["out_tiles"] * 16 * H200 >= d_model
+
+
+def test_plan_looks_two_layers_ahead_at_batch_1():
+    for d_model, heads in list(PUBLISHED.values())[:4]:
+        assert plan(d_model, heads)["depths"] == (2, 2, 2, 2)
+
+
+def test_plan_refuses_with_what_it_expects():
+    assert plan(2048, 64, batch=9)["expected"] == "a batch of 1 to 8"
+    assert plan(2048, 64, batch=0)["expected"] == "a batch of 1 to 8"
+    assert "2048" in plan(2176, 68)["expected"]
+    assert "multiples of 8" in plan(256, 4)["expected"]
+    assert plan(2048, 32)["expected"] == "d_inner = 2 d_model"
+    assert "multiprocessors" in plan(2048, 64, sms=20)["expected"]
+    assert plan(2048, 64, sms=64)["expected"] == "fewer channels a multiprocessor"

@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 
 #include "kernels/cpu/isa.h"
+#include "kernels/sm90/decode/select.h"
 #include "kernels/sm90/gemm/select.h"
 
 #ifndef TERNARY_CUDA_VERSION
@@ -21,6 +22,19 @@ static py::dict gemm_plan(int64_t m, int64_t n, int64_t k, int64_t group, bool o
                   py::arg("tiles") = plan.tiles, py::arg("steps") = plan.steps);
 }
 
+static py::dict decode_plan(int batch, int d_model, int heads, int head_dim, int in_groups, int out_groups,
+                            int state_bytes, int sms) {
+  using namespace ternary::sm90;
+  const DecodePlan p = plan_decode({batch, d_model, heads, head_dim, in_groups, out_groups, state_bytes}, sms);
+  if (p.expected) return py::dict(py::arg("expected") = p.expected);
+  return py::dict(py::arg("expected") = py::none(), py::arg("blocks") = p.blocks, py::arg("warps") = p.warps,
+                  py::arg("shared_tiles") = p.shared_tiles,
+                  py::arg("shared_blocks_units") = p.shared_blocks_units,
+                  py::arg("other_units") = p.other_units, py::arg("max_units") = p.max_units,
+                  py::arg("out_tiles") = p.out_tiles, py::arg("shared_bytes") = p.shared_bytes,
+                  py::arg("depths") = py::make_tuple(p.params.depth, p.in.depth, p.states.depth, p.out.depth));
+}
+
 PYBIND11_MODULE(_C, m) {
   m.def(
       "cpu_isa", [] { return ternary::name(ternary::isa()); },
@@ -29,4 +43,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("gemm_plan", &gemm_plan, "How gemm runs on a Hopper GPU (csrc/kernels/sm90/gemm/select.h).",
         py::arg("m"), py::arg("n"), py::arg("k"), py::arg("group"), py::arg("one_scale"), py::arg("aligned"),
         py::arg("sms"));
+  m.def("decode_plan", &decode_plan, "How decode runs on a Hopper GPU (csrc/kernels/sm90/decode/select.h).",
+        py::arg("batch"), py::arg("d_model"), py::arg("heads"), py::arg("head_dim"), py::arg("in_groups"),
+        py::arg("out_groups"), py::arg("state_bytes"), py::arg("sms"));
 }

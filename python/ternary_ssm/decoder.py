@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from . import _C
 from .layers import Int8Table, TernaryLinear
 
 if TYPE_CHECKING:
     from .config import MambaConfig
     from .models import MambaCache, MambaLM
 
-BATCHES = range(1, 9)  # rows that the CUDA kernel takes
 # The operator's name of a kind of weight -> where it lies in a block.
 _KINDS = {
     "norm": "norm.weight",
@@ -32,8 +32,24 @@ _KINDS = {
 
 
 def decode_workspace(config: MambaConfig, batch: int, device: torch.device | str) -> Tensor:
-    """What the kernel keeps between calls, zero at the start; nothing on the CPU."""
-    return torch.zeros(0, dtype=torch.int32, device=device)
+    """What the CUDA kernel keeps between calls, zero at the start; nothing on the CPU.
+
+    Two regions of fp32 words that its blocks exchange, and four words before: csrc/kernels/sm90/decode.
+    """
+    words = config.d_model + 2 * config.d_state + 4 * config.nheads + config.d_inner
+    size = 0 if torch.device(device).type == "cpu" else 4 + 2 * batch * words
+    return torch.zeros(size, dtype=torch.int32, device=device)
+
+
+def _planned(model: MambaLM, batch: int) -> bool:
+    """Whether the kernel of the model's device takes these sizes; the CPU runs other operators, for any."""
+    if model.device.type != "cuda":
+        return True
+    c, group = model.config, model.ternary.group_of
+    sizes = (c.d_model, c.nheads, c.headdim)
+    groups = [k // group(k) if group(k) else 0 for k in (c.d_model, c.d_inner)]
+    sms = torch.cuda.get_device_properties(model.device).multi_processor_count
+    return _C.decode_plan(batch, *sizes, *groups, 4, sms)["expected"] is None
 
 
 class Decoder:
@@ -52,7 +68,7 @@ class Decoder:
     def supports(model: MambaLM, batch: int) -> bool:
         """Whether the operator's kernel runs this model, as it stands, on so many rows."""
         c, ternary = model.config, model.ternary
-        if not c.is_mamba2 or ternary is None or batch not in BATCHES:
+        if not c.is_mamba2 or ternary is None or not 1 <= batch <= 8:
             return False
         shape = (c.rms_norm, c.residual_in_fp32, c.ngroups, c.norm_groups, c.d_state, c.d_conv)
         options = (c["rmsnorm"], c["norm_before_gate"], c["D_has_hdim"], c["bias"])
@@ -62,6 +78,7 @@ class Decoder:
             shape == (True, True, 1, 1, 128, 4)
             and options == (True, False, False, False)
             and c.d_model % 128 == 0
+            and _planned(model, batch)
             and (on_cpu or model.dtype.itemsize == ternary.torch_scale_dtype.itemsize == 2)
             and c.headdim % 8 == 0
             and (group in ("row", "tensor") or group % 128 == 0)

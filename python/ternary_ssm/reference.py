@@ -333,7 +333,7 @@ def decode(
     conv_state [L, b, w - 1, c], ssm_state [L, b, h, p, n] -> x float32 [b, d]. In each layer
     z, xBC, dt = gemm(RMSNorm(x), in);  y = ssd(silu(conv(xBC)), dt);  x <- x + gemm(RMSNorm(y silu(z)), out).
     Activations are rounded to norm's dtype; a kernel may keep them in float32. workspace is the kernel's own.
-    operators: where gemm and the updates come from, this module by default.
+    operators: where gemm, the updates and the gated norm come from, this module by default.
     """
     run, dtype, acc = operators or sys.modules[__name__], norm.dtype, _accumulate(norm)
     layers, b, h, p, n = ssm_state.shape
@@ -350,8 +350,8 @@ def decode(
         heads, B, C = heads.reshape(b, h, p), B.unsqueeze(1), C.unsqueeze(1)
         options = (None, dt_bias[i], True, dt_min, dt_max)
         y = run.ssd_update(heads, ssm_state[i], dt, A[i], B, C, D[i], *options).reshape(b, h * p)
-        y = F.rms_norm(y.to(acc) * F.silu(z.to(acc)), (h * p,), eps=eps) * gate_norm[i].to(acc)
-        x = x + run.gemm(y.to(dtype), out_codes[i], out_scales[i])
+        y = run.rms_norm_gated(y, z, gate_norm[i], 1, eps, False)
+        x = x + run.gemm(y, out_codes[i], out_scales[i])
     return x
 
 

@@ -104,7 +104,11 @@ inline void place_params(DecodePlan& p, const DecodeShape& s) {
 
 inline DecodePlan plan_decode(const DecodeShape& s, int sms) {
   const auto divide_up = [](int a, int b) { return (a + b - 1) / b; };
-  const auto refuse = [](const char* why) { return DecodePlan{.expected = why}; };
+  const auto refuse = [](const char* why) {
+    DecodePlan refused;
+    refused.expected = why;
+    return refused;
+  };
   if (s.batch < 1 || s.batch > Decode::kMaxBatch) return refuse("a batch of 1 to 8");
   const int spans = s.d_model / Decode::kSpan;
   const int compiled[] = {2, 4, 6, 8, 12, 16, 20};
