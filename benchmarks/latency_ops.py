@@ -66,6 +66,12 @@ def ours(p: Problem) -> Callable[[Tensor], Tensor]:
     return lambda x: torch.ops.ternary.gemm(x, codes, scales)
 
 
+def ours_fp8(p: Problem) -> Callable[[Tensor], Tensor]:
+    ternary, scales = p.ternary()
+    codes = torch.ops.ternary.pack(ternary)
+    return lambda x: torch.ops.ternary.gemm(x, codes, scales, None, "fp8")
+
+
 def dense(p: Problem) -> Callable[[Tensor], Tensor]:
     weight = p.dense()
     return lambda x: F.linear(x, weight)
@@ -109,10 +115,12 @@ def bench_shape(
     problem = Problem(n, k, args.group_size, dtype, args.device)
     packed, full = n * k // 4 + n * (k // args.group_size) * 2, n * k * dtype.itemsize
     impls = {"ternary_ssm": (ours, "ternary", packed), f"torch {args.dtype}": (dense, args.dtype, full)}
+    if args.device == "cuda":
+        impls |= {"ternary_ssm fp8": (ours_fp8, "ternary", packed)}
     if args.device == "cuda" and args.peers:
         impls |= {"humming": (humming, "ternary", packed), "gemlite": (gemlite, "ternary", packed)}
     print(f"\n{op}  [{n}, {k}]  group {args.group_size}  {args.dtype}")
-    print("    m                     us       p10       p90   TB/s  TFLOP/s  roof  v torch")
+    print("    m                        us       p10       p90   TB/s  TFLOP/s  roof  v torch")
     records, medians = [], {}
     for impl, (build, weight, size) in impls.items():
         try:
@@ -129,7 +137,7 @@ def bench_shape(
             except Exception as error:  # a peer's: its refusal is a result too
                 if build is ours:
                     raise
-                print(f"{m:>5} {impl:12} {type(error).__name__}: {str(error)[:60]}")
+                print(f"{m:>5} {impl:15} {type(error).__name__}: {str(error)[:60]}")
                 continue
             medians[impl, m], low, high = summary(times)
             sizes = (args.dtype, args.group_size, m, n, k)
@@ -142,7 +150,7 @@ def bench_shape(
         ratio = medians[f"torch {args.dtype}", r.m] / r.median_us
         us = f"{r.median_us:>9.2f} {r.p10_us:>9.2f} {r.p90_us:>9.2f}"
         rates = f"{r.bytes / r.median_us / 1e6:>6.2f} {r.flops / r.median_us / 1e6:>8.1f} {share:>5.0%}"
-        print(f"{r.m:>5} {r.impl:12} {us} {rates} {ratio:>7.2f}x", flush=True)
+        print(f"{r.m:>5} {r.impl:15} {us} {rates} {ratio:>7.2f}x", flush=True)
     return records
 
 

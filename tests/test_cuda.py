@@ -138,6 +138,62 @@ def test_gemm_is_no_matter_of_the_other_rows():
         assert torch.equal(ops.gemm(x[:m], codes, scales), ops.gemm(x, codes, scales)[:m])
 
 
+def assert_fp8_matches_reference(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None = None):
+    """The reference rounds x to the same numbers; what is left is the tensor cores' short sums of a span."""
+    y = ops.gemm(x, codes, scales, bias, "fp8")
+    assert torch.equal(y, ops.gemm(x, codes, scales, bias, "fp8"))
+    expected = reference.gemm(x.float(), codes, scales.float(), bias, "fp8")
+    error = (y.float() - expected).norm() / expected.norm()
+    assert error <= (5e-4 if x.dtype == F32 else 2e-3 if x.dtype == F16 else 5e-3)
+
+
+@gpu
+@pytest.mark.parametrize("group", [32, 64, 96, 128, 192, 384, 768, 0])
+@pytest.mark.parametrize("dtype", [BF16, F16, F32])
+def test_fp8_gemm_of_every_group(group, dtype):
+    codes, scales = weight(395, 768, group)
+    bias = torch.randn(395, device="cuda", dtype=dtype)
+    for m in (1, 127, 129, 300):
+        assert_fp8_matches_reference(rows_of_x(m, 768, dtype), codes, scales, bias if m % 2 else None)
+
+
+@gpu
+@pytest.mark.parametrize("n, k", [(1, 64), (129, 192), (130, 100), (8512, 2048), (2048, 4096), (2113, 5184)])
+def test_fp8_gemm_of_many_sizes(n, k):
+    codes, scales = weight(n, k, k)
+    for m in (1, 128, 520):
+        assert_fp8_matches_reference(rows_of_x(m, k, BF16), codes, scales)
+
+
+@gpu
+def test_fp8_gemm_of_rows_of_any_size():
+    codes, scales = weight(256, 512, 128)
+    x = rows_of_x(200, 512, BF16)
+    expected = ops.gemm(x, codes, scales, activations="fp8")
+    powers = torch.randint(-20, 20, (200, 1), device="cuda").float().exp2()
+    y = ops.gemm((x * powers).to(BF16), codes, scales, activations="fp8")
+    assert torch.equal(y, (expected * powers).to(BF16))  # the scale of a row is its own
+    x[3], x[7], x[9, 100] = 0, torch.inf, torch.nan
+    y = ops.gemm(x, codes, scales, activations="fp8")
+    assert not y[3].any() and y[7].isnan().all() and y[9].isnan().all()
+    others = [i for i in range(200) if i not in (3, 7, 9)]
+    assert torch.equal(y[others], expected[others])
+
+
+@gpu
+def test_fp8_costs_a_few_percent(record_property):
+    codes, scales = weight(2048, 4096, 128)
+    x = rows_of_x(512, 4096, BF16)
+    exact = F.linear(x.double(), reference.dequantize(codes, scales, torch.float64))
+    errors = [
+        ((ops.gemm(x, codes, scales, None, mode).double() - exact).norm() / exact.norm()).item()
+        for mode in ("a16", "fp8")
+    ]
+    record_property("relative error of a16, fp8", errors)
+    print("relative error of a16, fp8", errors)
+    assert errors[0] < 4e-3 and errors[0] < errors[1] < 4e-2
+
+
 @gpu
 def test_a_chain_waits_for_what_it_reads():
     """Launches overlap: none may read the codes or the x that a kernel before it is still writing."""
@@ -247,23 +303,38 @@ def test_pack_takes_signs():
 def test_gemm_plan_of_the_published_models():
     for n, k in PROJECTIONS:
         for group in (32, 64, 128, 256, k):
-            for m in (1, 8, 9, 16):
+            for m in (1, 2, 8, 9, 16, 17, 32, 33, 64, 65, 128, 129, 512, 4096):
                 plan = _C.gemm_plan(m, n, k, group, False, True, H200)
-                if (m, k) == (9, 5120) or (m, k) == (16, 5120):
-                    assert plan["kernel"] == "tile"
-                    continue
-                assert plan["kernel"] == "stream" and plan["rows_of_x"] == (8 if m <= 8 else 16)
-                assert plan["span"] == min(group, 128) and group % plan["span"] == 0
-                assert plan["chunk"] * plan["warps"] >= k > plan["chunk"] * (plan["warps"] - 1)
-                assert 16 * plan["blocks"] * plan["tiles"] >= n > 16 * plan["blocks"] * (plan["tiles"] - 1)
-                assert plan["rows_of_x"] * plan["chunk"] * plan["warps"] <= 16 * 256 * 16  # registers
-            for m in (17, 32, 33, 64, 65, 128, 4096):
-                plan = _C.gemm_plan(m, n, k, group, False, True, H200)
-                assert plan["kernel"] == "tile" and plan["span"] == min(group, 128)
-                assert plan["rows_of_x"] in (32, 64, 128) and (m >= 64 or plan["rows_of_x"] < 2 * m)
-                assert plan["tiles"] == -(-n // 128) * -(-m // plan["rows_of_x"])
-                assert plan["steps"] == -(-k // 128)
-                assert 1 <= plan["blocks"] <= min(H200, plan["tiles"] * plan["steps"])
+                assert plan["kernel"] != "plain" and group % plan["span"] == 0
+                check_plan(plan, m, n, k)
+            plan = _C.gemm_plan(4096, n, k, group, False, True, H200, fp8=True)
+            if group == 32:
+                assert plan["kernel"] == "plain"
+            else:
+                check_plan(plan, 4096, n, k)
+                assert plan["span"] == min(group, 128) and plan["workspace"] >= 4096 * (k + 4)
+
+
+def check_plan(plan: dict, m: int, n: int, k: int) -> None:
+    """Every row, column and row of x belongs to a block, and the kernel has what the plan asks for."""
+    blocks, cluster = plan["blocks"], plan["cluster"]
+    assert blocks % cluster == 0 and 1 <= cluster <= 8
+    if plan["kernel"] == "stream":
+        assert m <= plan["rows_of_x"] and plan["workspace"] == 0
+        assert plan["chunk"] * plan["warps"] >= k > plan["chunk"] * (plan["warps"] - 1)
+        assert 16 * blocks * plan["tiles"] >= n > 16 * blocks * (plan["tiles"] - 1)
+        assert plan["rows_of_x"] * plan["chunk"] * plan["warps"] <= 16 * 256 * 16  # registers
+    elif plan["kernel"] == "split":
+        columns, rows = 512 * plan["boxes"], 64 * plan["units"]
+        assert m <= plan["rows_of_x"] <= 64 and plan["workspace"] == 0
+        assert cluster * columns >= k > (cluster - 1) * columns
+        assert blocks // cluster * rows >= n > (blocks // cluster - 1) * rows
+        assert plan["rows_of_x"] * columns * 2 + plan["units"] * columns * 16 <= 226 * 1024
+    else:
+        assert plan["rows_of_x"] in (64, 128, 256)
+        assert plan["tiles"] == -(-n // 128) * -(-m // plan["rows_of_x"])
+        assert plan["steps"] in (-(-k // 128), -(-k // 256))  # of 16 bits, of e4m3
+        assert 1 <= blocks <= min(H200, plan["tiles"] * plan["steps"])
 
 
 @pytest.mark.parametrize(
@@ -276,7 +347,8 @@ def test_gemm_plan_of_the_rest(sizes):
 
 def test_gemm_plan_of_long_rows():
     assert _C.gemm_plan(8, 64, 5120, 128, False, True, H200)["kernel"] == "stream"
-    assert _C.gemm_plan(8, 64, 5184, 64, False, True, H200)["kernel"] == "tile"
+    assert _C.gemm_plan(8, 64, 5184, 64, False, True, H200)["kernel"] == "split"
+    assert _C.gemm_plan(8, 64, 8256, 64, False, True, H200)["kernel"] == "tile"
 
 
 def test_gemm_plan_covers_every_row():

@@ -43,7 +43,11 @@ def assert_as_good_as_torch(y: Tensor, x: Tensor, codes: Tensor, scales: Tensor,
 def test_matches_reference(m, n, k, group, dtype, device):
     args = problem(m, n, k, group, device, dtype)
     assert_as_good_as_torch(gemm(*args), *args)
-    torch.testing.assert_close(gemm(*args), reference.gemm(*args), rtol=torch.finfo(dtype).eps * 2, atol=1e-4)
+    expected, eps = reference.gemm(*args), torch.finfo(dtype).eps
+    # with many rows of x in 16 bits a GPU rounds the weight to them, as torch does
+    rounded = device == "cuda" and m > 16 and dtype != torch.float32 and expected.numel()
+    atol = eps * expected.abs().max().item() if rounded else 1e-4
+    torch.testing.assert_close(gemm(*args), expected, rtol=eps * 2, atol=atol)
 
 
 @pytest.mark.parametrize("m", [1, 5, 40])
@@ -156,12 +160,22 @@ def test_is_a_good_citizen(bias, needs_grad, device):
         (dict(bias=torch.ones(15)), "bias must be [16], not [15]"),
         (dict(bias=torch.ones(16, 1)), "bias must be [16], not [16, 1]"),
         (dict(bias=torch.ones(16, dtype=torch.float16)), "bias must be Float as x is, or Float, not Half"),
+        (dict(activations="int8"), "not int8"),
+        (dict(activations=""), "activations must be a16"),
     ],
 )
 def test_refuses(change, message, device):
     args = dict(zip(("x", "codes", "scales", "bias"), problem(5, 16, 64, 32, device), strict=True))
+    change = {name: v.to(device) if isinstance(v, Tensor) else v for name, v in change.items()}
     with pytest.raises(RuntimeError, match=re.escape(message)):
-        gemm(**args | {name: t.to(device) for name, t in change.items()})
+        gemm(**args | change)
+
+
+@pytest.mark.parametrize("m", [0, 5])
+def test_names_the_activations_of_a_device(m):
+    x, codes, scales, bias = problem(m, 16, 64, 32)
+    with pytest.raises(RuntimeError, match="activations must be a16 on a CPU, not fp8"):
+        gemm(x, codes, scales, bias, "fp8")
 
 
 def test_refuses_a_strided_bias(device):

@@ -12,14 +12,16 @@
 namespace py = pybind11;
 
 static py::dict gemm_plan(int64_t m, int64_t n, int64_t k, int64_t group, bool one_scale, bool aligned,
-                          int sms) {
+                          int sms, bool fp8) {
   using namespace ternary::sm90;
-  const GemmPlan plan = plan_gemm(m, n, k, group, one_scale, aligned, sms);
-  const char* kernels[] = {"plain", "stream", "tile"};
+  const GemmPlan plan = plan_gemm(m, n, k, group, one_scale, aligned, sms, fp8);
+  const char* kernels[] = {"plain", "stream", "split", "tile"};
   return py::dict(py::arg("kernel") = kernels[static_cast<int>(plan.kernel)], py::arg("span") = plan.span,
-                  py::arg("rows_of_x") = plan.rows_of_x, py::arg("chunk") = plan.chunk,
-                  py::arg("warps") = plan.warps, py::arg("blocks") = plan.blocks,
-                  py::arg("tiles") = plan.tiles, py::arg("steps") = plan.steps);
+                  py::arg("rows_of_x") = plan.rows_of_x, py::arg("blocks") = plan.blocks,
+                  py::arg("cluster") = plan.cluster, py::arg("tiles") = plan.tiles,
+                  py::arg("chunk") = plan.chunk, py::arg("warps") = plan.warps, py::arg("units") = plan.units,
+                  py::arg("boxes") = plan.boxes, py::arg("steps") = plan.steps,
+                  py::arg("workspace") = plan.workspace);
 }
 
 static py::dict decode_plan(int batch, int d_model, int heads, int head_dim, int in_groups, int out_groups,
@@ -42,7 +44,7 @@ PYBIND11_MODULE(_C, m) {
   m.attr("cuda_version") = static_cast<const char*>(TERNARY_CUDA_VERSION);  // nvcc's, None without CUDA
   m.def("gemm_plan", &gemm_plan, "How gemm runs on a Hopper GPU (csrc/kernels/sm90/gemm/select.h).",
         py::arg("m"), py::arg("n"), py::arg("k"), py::arg("group"), py::arg("one_scale"), py::arg("aligned"),
-        py::arg("sms"));
+        py::arg("sms"), py::arg("fp8") = false);
   m.def("decode_plan", &decode_plan, "How decode runs on a Hopper GPU (csrc/kernels/sm90/decode/select.h).",
         py::arg("batch"), py::arg("d_model"), py::arg("heads"), py::arg("head_dim"), py::arg("in_groups"),
         py::arg("out_groups"), py::arg("state_bytes"), py::arg("sms"));

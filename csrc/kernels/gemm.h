@@ -22,7 +22,8 @@ struct GemmArgs {
   int64_t m, n, k;
   int64_t group;              // weights that share a scale, a multiple of 4; k where one_scale
   bool one_scale;             // one for the whole matrix
-  void* workspace = nullptr;  // on sm90
+  bool fp8 = false;           // sm90: a row of x is first rounded to e4m3 with the scale max |x| / 448
+  void* workspace = nullptr;  // sm90: of the plan's size
 };
 
 // How the CPU kernel cuts y, in tiles counted along a row of tiles first.
@@ -41,7 +42,12 @@ TERNARY_INLINE GemmTiles gemm_tiles(const GemmArgs& a) {
 }
 
 void gemm_cpu(const GemmArgs& args, int64_t begin, int64_t end);  // tiles begin .. end of down * across
-int gemm_sm90(const GemmArgs& args, CUstream_st* stream);         // returns a cudaError_t
-int gemm_workspace_sm90(const GemmArgs& args, int64_t* bytes);    // that gemm_sm90 needs; a cudaError_t
+
+// How gemm runs on a GPU, and then gemm; both return a cudaError_t.
+namespace sm90 {
+struct GemmPlan;  // kernels/sm90/gemm/select.h
+}
+int plan_gemm_sm90(const GemmArgs& args, sm90::GemmPlan* plan);
+int gemm_sm90(const GemmArgs& args, const sm90::GemmPlan& plan, CUstream_st* stream);
 
 }  // namespace ternary

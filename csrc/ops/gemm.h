@@ -6,9 +6,13 @@
 
 namespace ternary {
 
-// ternary::gemm on any device: checks the tensors, allocates y and hands both to the device's kernel.
-template <void (*run)(const GemmArgs&, const Tensor& y)>
-Tensor gemm(const Tensor& x, const Tensor& codes, const Tensor& scales, const std::optional<Tensor>& bias) {
+// ternary::gemm on any device: checks the tensors, allocates y and hands both to the device's kernel. kFp8:
+// the device has that kind of activations too.
+template <void (*run)(const GemmArgs&, const Tensor& y), bool kFp8>
+Tensor gemm(const Tensor& x, const Tensor& codes, const Tensor& scales, const std::optional<Tensor>& bias,
+            std::string activations) {
+  STD_TORCH_CHECK(activations == "a16" || (kFp8 && activations == "fp8"), "activations must be ",
+                  kFp8 ? "a16 or fp8 on a GPU" : "a16 on a CPU", ", not ", activations);
   const DType type = float_type(x, "x");
   const PackedShape w = check_packed(codes, scales);
   check_device(codes, x, "codes");
@@ -42,7 +46,8 @@ Tensor gemm(const Tensor& x, const Tensor& codes, const Tensor& scales, const st
        .n = w.n,
        .k = w.k,
        .group = w.group,
-       .one_scale = w.one_scale},
+       .one_scale = w.one_scale,
+       .fp8 = activations == "fp8"},
       y);
   return y;
 }

@@ -74,7 +74,7 @@ STABLE_TORCH_LIBRARY_IMPL(ternary, CPU, m) {
   m.impl("pack", TORCH_BOX((&pack<run_rows<PackArgs, pack_cpu>>)));
   m.impl("unpack", TORCH_BOX((&unpack<run_rows<UnpackArgs, unpack_cpu>>)));
   m.impl("dequantize", TORCH_BOX((&dequantize<run_rows<DequantizeArgs, dequantize_cpu>>)));
-  m.impl("gemm", TORCH_BOX(&gemm<run_gemm>));
+  m.impl("gemm", TORCH_BOX((&gemm<run_gemm, false>)));
   m.impl("causal_conv1d", TORCH_BOX(&causal_conv1d<run_causal_conv1d>));
   m.impl("causal_conv1d_update", TORCH_BOX(&causal_conv1d_update<run_causal_conv1d>));
   m.impl("selective_scan", TORCH_BOX(&selective_scan<run_selective_scan>));

@@ -2,6 +2,7 @@
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/macros.h>
 
+#include "kernels/sm90/gemm/select.h"
 #include "ops/decode.h"
 #include "ops/gemm.h"
 #include "ops/norm.h"
@@ -25,12 +26,15 @@ static void run(const Args& args, const Tensor& t) {
 
 static void run_gemm(const GemmArgs& args, const Tensor& y) {
   const torch::stable::accelerator::DeviceGuard guard(y.get_device_index());
-  int64_t bytes = 0;
-  STD_CUDA_CHECK(cudaError_t(gemm_workspace_sm90(args, &bytes)));
-  const Tensor workspace = torch::stable::new_empty(y, {bytes}, ScalarType::Byte);
-  GemmArgs with_workspace = args;
-  with_workspace.workspace = workspace.mutable_data_ptr();
-  run<GemmArgs, gemm_sm90>(with_workspace, y);
+  sm90::GemmPlan plan;
+  STD_CUDA_CHECK(cudaError_t(plan_gemm_sm90(args, &plan)));
+  GemmArgs planned = args;
+  std::optional<Tensor> workspace;
+  if (plan.workspace > 0) {
+    workspace = torch::stable::new_empty(y, {plan.workspace}, ScalarType::Byte);
+    planned.workspace = workspace->mutable_data_ptr();
+  }
+  STD_CUDA_CHECK(cudaError_t(gemm_sm90(planned, plan, current_stream(y))));
 }
 
 static void run_decode(const DecodeArgs& args, const Tensor& workspace) {
@@ -52,7 +56,7 @@ STABLE_TORCH_LIBRARY_IMPL(ternary, CUDA, m) {
   m.impl("pack", TORCH_BOX((&pack<run<PackArgs, pack_sm90>>)));
   m.impl("unpack", TORCH_BOX((&unpack<run<UnpackArgs, unpack_sm90>>)));
   m.impl("dequantize", TORCH_BOX((&dequantize<run<DequantizeArgs, dequantize_sm90>>)));
-  m.impl("gemm", TORCH_BOX((&gemm<run_gemm>)));
+  m.impl("gemm", TORCH_BOX((&gemm<run_gemm, true>)));
   m.impl("decode", TORCH_BOX((&decode<run_decode>)));
   m.impl("selective_scan", TORCH_BOX((&selective_scan<run<SelectiveScanArgs, selective_scan_sm90>>)));
   m.impl("selective_scan_fused",

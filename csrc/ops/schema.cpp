@@ -8,7 +8,7 @@ STABLE_TORCH_LIBRARY(ternary, m) {
   m.def("pack(Tensor ternary) -> Tensor");
   m.def("unpack(Tensor codes) -> Tensor");
   m.def("dequantize(Tensor codes, Tensor scales, ScalarType dtype) -> Tensor");
-  m.def("gemm(Tensor x, Tensor codes, Tensor scales, Tensor? bias=None) -> Tensor");
+  m.def("gemm(Tensor x, Tensor codes, Tensor scales, Tensor? bias=None, str activations=\"a16\") -> Tensor");
 
   m.def(
       "causal_conv1d(Tensor x, Tensor weight, Tensor? bias=None, Tensor? initial_state=None, "

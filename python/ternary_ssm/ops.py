@@ -42,25 +42,28 @@ def _(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 @torch.library.register_fake("ternary::gemm")
-def _(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None = None) -> Tensor:
+def _(
+    x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None = None, activations: str = "a16"
+) -> Tensor:
     return x.new_empty(*x.shape[:-1], codes.shape[0])
 
 
 def _save_weight(ctx, inputs, output) -> None:
-    _, codes, scales, bias = inputs
+    _, codes, scales, bias, _ = inputs
     ctx.bias_dtype = None if bias is None else bias.dtype
     ctx.save_for_backward(codes, scales)
 
 
 def _gemm_backward(ctx, dy: Tensor):
-    """Nothing flows to codes and scales: training goes through the latent weight."""
+    """Nothing flows to codes and scales: training goes through the latent weight. The rounding of x to fewer
+    bits counts as the identity."""
     dx = dbias = None
     if ctx.needs_input_grad[0]:
         weight = torch.ops.ternary.dequantize(*ctx.saved_tensors, torch.float32)
         dx = (dy.float() @ weight).to(dy.dtype)
     if ctx.bias_dtype is not None and ctx.needs_input_grad[3]:
         dbias = dy.float().flatten(0, -2).sum(0).to(ctx.bias_dtype)
-    return dx, None, None, dbias
+    return dx, None, None, dbias, None
 
 
 torch.library.register_autograd("ternary::gemm", _gemm_backward, setup_context=_save_weight)

@@ -58,11 +58,21 @@ def dequantize(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     return grouped.flatten(1).to(dtype)
 
 
-def gemm(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None = None) -> Tensor:
-    """y[..., n] = sum_k x[..., k] * weight[n, k] + bias[n], weight = dequantize(codes, scales)."""
+def gemm(
+    x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None = None, activations: str = "a16"
+) -> Tensor:
+    """y[..., n] = sum_k x[..., k] * weight[n, k] + bias[n], weight = dequantize(codes, scales).
+
+    activations "fp8": x is first rounded to e4m3, a row at a time with the scale max |x| / 448.
+    """
     acc = _accumulate(x)
-    y = F.linear(x.to(acc), dequantize(codes, scales, acc), None if bias is None else bias.to(acc))
-    return y.to(x.dtype)
+    x_acc, x_scale = x.to(acc), 1
+    if activations == "fp8":
+        most = x_acc.abs().amax(-1, keepdim=True)
+        x_scale = (most / torch.full_like(most, 448)).clamp(min=2**-100)  # "/ 448" is "* (1 / 448)" on a GPU
+        x_acc = (x_acc * (1 / x_scale)).clamp(-448, 448).to(torch.float8_e4m3fn).to(acc)
+    y = F.linear(x_acc, dequantize(codes, scales, acc)) * x_scale
+    return (y if bias is None else y + bias.to(acc)).to(x.dtype)
 
 
 def causal_conv1d(

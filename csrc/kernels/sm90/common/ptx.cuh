@@ -117,6 +117,10 @@ __device__ inline void wait_for_phase(uint64_t* barrier, int parity) {
       : "memory");
 }
 
+__device__ inline void prefetch_map(const CUtensorMap& map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
+}
+
 // Starts the copy of a box of a tensor of two dimensions; its bytes arrive at the barrier.
 __device__ inline void copy_tile_async(void* smem, const CUtensorMap& from, int column, int row,
                                        uint64_t* barrier) {
@@ -136,6 +140,26 @@ __device__ inline void copy_run_async(void* smem, const void* from, uint32_t byt
       : "memory");
 }
 
+// Where a block of the cluster has what this block has at `smem`.
+__device__ inline uint32_t address_in_block(const void* smem, int block) {
+  uint32_t address;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared_address(smem)), "r"(block));
+  return address;
+}
+
+// Stores to a block of the cluster; the bytes arrive at its barrier.
+__device__ inline void store_to_block(float4* smem, float4 v, uint64_t* barrier, int block) {
+  asm volatile(
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(
+          address_in_block(smem, block)),
+      "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w), "r"(address_in_block(barrier, block))
+      : "memory");
+}
+
+// All threads of the cluster wait for each other. Orders no memory.
+__device__ inline void arrive_at_cluster() { asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory"); }
+__device__ inline void wait_for_cluster() { asm volatile("barrier.cluster.wait;" ::: "memory"); }
+
 // Of a warpgroup: how many registers a thread has from here on.
 template <int kRegisters>
 __device__ void give_registers() {
@@ -144,6 +168,13 @@ __device__ void give_registers() {
 template <int kRegisters>
 __device__ void take_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+
+// An 8 x 8 matrix of halves, of which a lane has two neighbours of a row, transposed.
+__device__ inline uint32_t transpose(uint32_t pair) {
+  uint32_t transposed;
+  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(transposed) : "r"(pair));
+  return transposed;
 }
 
 // The 128 threads of a warpgroup wait for each other.
@@ -172,6 +203,14 @@ __device__ inline uint4 load_words(const uint32_t* from) {
                : "l"(from)
                : "memory");
   return words;
+}
+
+// Barrier `group` + 8 of a warpgroup and one warp more: the warpgroup goes on, the warp waits for it.
+__device__ inline void tell_warp(int group) {
+  asm volatile("bar.arrive %0, 160;" ::"r"(group + 8) : "memory");
+}
+__device__ inline void wait_for_warpgroup(int group) {
+  asm volatile("bar.sync %0, 160;" ::"r"(group + 8) : "memory");
 }
 
 __device__ inline void store_release(uint64_t* to, uint64_t value) {
@@ -217,81 +256,68 @@ __device__ inline uint64_t swizzled_matrix(const void* smem) {
          uint64_t{(shared_address(smem) & 0x3FFFF) / 16};
 }
 
+// The operands of wgmma below: the sums d[0 .. n) by number and by name.
+#define TERNARY_N8 "%0, %1, %2, %3, %4, %5, %6, %7"
+#define TERNARY_N16 TERNARY_N8 ", %8, %9, %10, %11, %12, %13, %14, %15"
+#define TERNARY_N32 \
+  TERNARY_N16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define TERNARY_N64                                                                  \
+  TERNARY_N32                                                                        \
+  ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47" \
+  ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define TERNARY_N128                                                                             \
+  TERNARY_N64                                                                                    \
+  ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79"             \
+  ", %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"             \
+  ", %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111" \
+  ", %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
+#define TERNARY_D4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
+#define TERNARY_D8(i) TERNARY_D4(i), TERNARY_D4(i + 4)
+#define TERNARY_D16(i) TERNARY_D8(i), TERNARY_D8(i + 8)
+#define TERNARY_D32(i) TERNARY_D16(i), TERNARY_D16(i + 16)
+#define TERNARY_D64(i) TERNARY_D32(i), TERNARY_D32(i + 32)
+#define TERNARY_D128(i) TERNARY_D64(i), TERNARY_D64(i + 64)
+
 // d (+)= a b: a [64, 16] in registers, b [16, 2 kSums] in shared memory, d [64, 2 kSums]; fresh where not
-// `add`.
+// `add`. wgmma_m64k32 is the same for e4m3: a [64, 32], b [32, 2 kSums].
 template <class Element, int kSums>
 __device__ void wgmma_m64k16(float (&d)[kSums], const uint32_t (&a)[4], uint64_t b, bool add);
+template <int kSums>
+__device__ void wgmma_m64k32(float (&d)[kSums], const uint32_t (&a)[4], uint64_t b, bool add);
 
-#define TERNARY_WGMMA_16(Element, name)                                                                   \
-  template <>                                                                                             \
-  __device__ inline void wgmma_m64k16<Element, 16>(float (&d)[16], const uint32_t (&a)[4], uint64_t b,    \
-                                                   bool add) {                                            \
-    asm volatile(                                                                                         \
-        "{\n.reg .pred add;\nsetp.ne.b32 add, %21, 0;\n"                                                  \
-        "wgmma.mma_async.sync.aligned.m64n32k16.f32." name "." name                                       \
-        " {"                                                                                              \
-        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, "                         \
-        "{%16, %17, %18, %19}, %20, add, 1, 1, 0;\n}"                                                     \
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]), \
-          "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]),        \
-          "+f"(d[15])                                                                                     \
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int{add})                               \
-        : "memory");                                                                                      \
+// `a`, `b`, `add` are the numbers of those operands.
+#define TERNARY_WGMMA(function, sums, shape, types, a0, b0, add0, last)                             \
+  template <>                                                                                       \
+  __device__ inline void function(float (&d)[sums], const uint32_t (&a)[4], uint64_t b, bool add) { \
+    asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, " add0                                       \
+                 ", 0;\n"                                                                           \
+                 "wgmma.mma_async.sync.aligned." shape ".f32." types " {" TERNARY_N##sums           \
+                 "}, {" a0 "}, " b0 ", add, 1, 1" last ";\n}"                                       \
+                 : TERNARY_D##sums(0)                                                               \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int{add})                \
+                 : "memory");                                                                       \
   }
-TERNARY_WGMMA_16(__nv_bfloat16, "bf16")
-TERNARY_WGMMA_16(__half, "f16")
+#define TERNARY_WGMMA_16(sums, n, a0, b0, add0)                                                      \
+  TERNARY_WGMMA(wgmma_m64k16<__nv_bfloat16>, sums, "m64n" n "k16", "bf16.bf16", a0, b0, add0, ", 0") \
+  TERNARY_WGMMA(wgmma_m64k16<__half>, sums, "m64n" n "k16", "f16.f16", a0, b0, add0, ", 0")
+TERNARY_WGMMA_16(8, "16", "%8, %9, %10, %11", "%12", "%13")
+TERNARY_WGMMA_16(16, "32", "%16, %17, %18, %19", "%20", "%21")
+TERNARY_WGMMA_16(32, "64", "%32, %33, %34, %35", "%36", "%37")
+TERNARY_WGMMA_16(64, "128", "%64, %65, %66, %67", "%68", "%69")
+TERNARY_WGMMA_16(128, "256", "%128, %129, %130, %131", "%132", "%133")
+TERNARY_WGMMA(wgmma_m64k32, 64, "m64n128k32", "e4m3.e4m3", "%64, %65, %66, %67", "%68", "%69", "")
 #undef TERNARY_WGMMA_16
-
-#define TERNARY_WGMMA_32(Element, name)                                                                   \
-  template <>                                                                                             \
-  __device__ inline void wgmma_m64k16<Element, 32>(float (&d)[32], const uint32_t (&a)[4], uint64_t b,    \
-                                                   bool add) {                                            \
-    asm volatile(                                                                                         \
-        "{\n.reg .pred add;\nsetp.ne.b32 add, %37, 0;\n"                                                  \
-        "wgmma.mma_async.sync.aligned.m64n64k16.f32." name "." name                                       \
-        " {"                                                                                              \
-        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                          \
-        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "               \
-        "{%32, %33, %34, %35}, %36, add, 1, 1, 0;\n}"                                                     \
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]), \
-          "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]),        \
-          "+f"(d[15]), "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]),      \
-          "+f"(d[22]), "+f"(d[23]), "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]),      \
-          "+f"(d[29]), "+f"(d[30]), "+f"(d[31])                                                           \
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int{add})                               \
-        : "memory");                                                                                      \
-  }
-TERNARY_WGMMA_32(__nv_bfloat16, "bf16")
-TERNARY_WGMMA_32(__half, "f16")
-#undef TERNARY_WGMMA_32
-
-#define TERNARY_WGMMA_64(Element, name)                                                                   \
-  template <>                                                                                             \
-  __device__ inline void wgmma_m64k16<Element, 64>(float (&d)[64], const uint32_t (&a)[4], uint64_t b,    \
-                                                   bool add) {                                            \
-    asm volatile(                                                                                         \
-        "{\n.reg .pred add;\nsetp.ne.b32 add, %69, 0;\n"                                                  \
-        "wgmma.mma_async.sync.aligned.m64n128k16.f32." name "." name                                      \
-        " {"                                                                                              \
-        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                          \
-        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "                \
-        "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "                \
-        "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "               \
-        "{%64, %65, %66, %67}, %68, add, 1, 1, 0;\n}"                                                     \
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]), \
-          "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]),        \
-          "+f"(d[15]), "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]),      \
-          "+f"(d[22]), "+f"(d[23]), "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]),      \
-          "+f"(d[29]), "+f"(d[30]), "+f"(d[31]), "+f"(d[32]), "+f"(d[33]), "+f"(d[34]), "+f"(d[35]),      \
-          "+f"(d[36]), "+f"(d[37]), "+f"(d[38]), "+f"(d[39]), "+f"(d[40]), "+f"(d[41]), "+f"(d[42]),      \
-          "+f"(d[43]), "+f"(d[44]), "+f"(d[45]), "+f"(d[46]), "+f"(d[47]), "+f"(d[48]), "+f"(d[49]),      \
-          "+f"(d[50]), "+f"(d[51]), "+f"(d[52]), "+f"(d[53]), "+f"(d[54]), "+f"(d[55]), "+f"(d[56]),      \
-          "+f"(d[57]), "+f"(d[58]), "+f"(d[59]), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63])       \
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int{add})                               \
-        : "memory");                                                                                      \
-  }
-TERNARY_WGMMA_64(__nv_bfloat16, "bf16")
-TERNARY_WGMMA_64(__half, "f16")
-#undef TERNARY_WGMMA_64
+#undef TERNARY_WGMMA
+#undef TERNARY_N8
+#undef TERNARY_N16
+#undef TERNARY_N32
+#undef TERNARY_N64
+#undef TERNARY_N128
+#undef TERNARY_D4
+#undef TERNARY_D8
+#undef TERNARY_D16
+#undef TERNARY_D32
+#undef TERNARY_D64
+#undef TERNARY_D128
 
 }  // namespace ternary::sm90

@@ -18,18 +18,16 @@
 #include "kernels/sm90/common/ptx.cuh"
 #include "kernels/sm90/common/types.cuh"
 #include "kernels/sm90/gemm/config.h"
+#include "kernels/sm90/gemm/operands.cuh"
 
 namespace ternary::sm90 {
 
-template <class Element_, int kSpan_, int kColumnTiles_, int kChunk_, int kSplit_, bool kEarly_,
-          bool kDirect_>
+template <class Element_, int kSpan_, int kColumnTiles_, int kChunk_>
 struct StreamConfig : Stream {
   using Element = Element_;
   static constexpr int kSpan = kSpan_;
   static constexpr int kColumnTiles = kColumnTiles_;
   static constexpr int kChunk = kChunk_;  // weights of a row that a warp takes
-  static constexpr int kSplit = kSplit_;  // chains of sums that a span is cut into
-  static constexpr bool kEarly = kEarly_, kDirect = kDirect_;
   static constexpr int kRowsOfX = kColumnTiles * kColumns;
   static constexpr int kSpans = kChunk / kSpan;   // of a warp
   static constexpr int kWords = kChunk / 4 / 16;  // of a lane and row
@@ -54,7 +52,7 @@ struct StreamUnit {
 
 template <class Config>
 struct StreamX {
-  uint4 x[Config::kDirect ? 0 : Config::kRowsOfX][Config::kChunk / 8];  // swizzled, see x_slot
+  uint4 x[Config::kRowsOfX][Config::kChunk / 8];  // swizzled, see x_slot
 };
 
 // Where 16 bytes lie, so that the lanes of one access find them in different banks.
@@ -67,15 +65,11 @@ __device__ inline int x_slot(int row, int piece) { return piece ^ (piece >> 3 & 
 
 struct StreamArgs {
   GemmArgs gemm;
-  int tiles;      // of 16 rows, of a block
-  int longer;     // the first blocks, which have one more
-  int most;       // of a block
-  int groups;     // of a row; 0 with one scale for all
-  int last_span;  // of a row
-  int log_rows;   // of x of a block, rounded up to a power of two
-  // 2^32 / (2 spans a group), rounded up. The high half of its product with 2 span + 1 is the span's group:
-  // exactly, both being under 2^15 and the quotient never a whole number.
-  uint32_t spans_to_group;
+  int tiles;     // of 16 rows, of a block
+  int longer;    // the first blocks, which have one more
+  int most;      // of a block
+  int log_rows;  // of x of a block, rounded up to a power of two
+  ScaleIndex index;
 };
 
 // Starts the copy of a warp's columns of x.
@@ -92,7 +86,7 @@ __device__ void load_x(StreamX<Config>& smem, const StreamArgs& a, int rows, int
   }
 }
 
-// Starts the copies of a warp's columns of some tiles, a group each and kMaxTiles groups in all.
+// Starts the copies of a warp's columns of some tiles.
 template <class Config>
 __device__ void load_codes(StreamUnit<Config>* smem, const StreamArgs& a, int first_row, int tiles,
                            int first_column) {
@@ -103,15 +97,11 @@ __device__ void load_codes(StreamUnit<Config>* smem, const StreamArgs& a, int fi
   int left = column < a.gemm.k ? static_cast<int>(a.gemm.n) - first_row - row : 0;
   const uint8_t* codes = a.gemm.codes + (first_row + row) * bytes + column / 4;
 #pragma unroll 1
-  for (int tile = 0; tile < tiles; ++tile, ++smem) {
+  for (int tile = 0; tile < tiles; ++tile, ++smem)
 #pragma unroll
     for (int i = 0; i < Config::kTileRows; i += kRows, left -= kRows, codes += kRows * bytes)
       copy_16_async(&smem->codes[row + i][codes_slot<Config::kPieces>(row + i, piece)],
                     left > 0 ? codes : a.gemm.codes, left > 0);
-    commit_copies();
-  }
-#pragma unroll 1
-  for (int tile = tiles; tile < Config::kMaxTiles; ++tile) commit_copies();
 }
 
 // The scales of a warp's columns of some tiles, on their way through registers to shared memory. What lies
@@ -136,12 +126,9 @@ class StreamScales {
     for (int tile = 0; tile < kTiles; ++tile)
 #pragma unroll
       for (int i = 0; i < kOfLane; ++i) {
-        const uint32_t bits = bits_[tile][i];
-        const float f16 = __half2float(__ushort_as_half(static_cast<uint16_t>(bits)));
-        const float other = __uint_as_float(type == DType::bf16 ? bits << 16 : bits);
         const int index = i * 32 + threadIdx.x % 32;
         if (tile < tiles && index < Config::kScales)
-          smem[tile].scales[0][index] = type == DType::f16 ? f16 : other;
+          smem[tile].scales[0][index] = scale_of(bits_[tile][i], type);
       }
   }
 
@@ -152,12 +139,12 @@ class StreamScales {
     for (int i = 0; i < kOfLane; ++i) {
       const int index = i * 32 + threadIdx.x % 32;
       const int span = first_column / Config::kSpan + index % Config::kSpans;
-      const int group = a.groups ? __umulhi(2 * min(span, a.last_span) + 1, a.spans_to_group) : 0;
       const int row = first_row + index / Config::kSpans % Config::kTileRows;
       const int left = min(tiles * Config::kTileRows, static_cast<int>(a.gemm.n) - row);
-      const Bits* scale = static_cast<const Bits*>(a.gemm.scales) + int64_t{row} * a.groups + group;
+      const Bits* scale =
+          static_cast<const Bits*>(a.gemm.scales) + int64_t{row} * a.index.groups + a.index.group(span);
 #pragma unroll
-      for (int tile = 0; tile < kTiles; ++tile, scale += Config::kTileRows * a.groups)
+      for (int tile = 0; tile < kTiles; ++tile, scale += Config::kTileRows * a.index.groups)
         bits_[tile][i] = tile * Config::kTileRows < left ? *scale : 0;
     }
   }
@@ -226,15 +213,12 @@ __device__ void multiply(float (&sums)[Config::kColumnTiles][4], const uint32_t 
                          const StreamUnit<Config>& smem) {
   constexpr uint32_t kTopCodes = 0xC000C000;
   constexpr int kTogether = Config::kSpans == 1 ? 1 : 2;  // spans: more chains of sums on the tensor cores
-  constexpr int kChains = kTogether * Config::kSplit;
-  constexpr int kLength = Config::kStepsPerSpan / Config::kSplit;
 #pragma unroll
   for (int span = 0; span < Config::kSpans; span += kTogether) {
-    float products[kChains][Config::kColumnTiles][4] = {};
+    float products[kTogether][Config::kColumnTiles][4] = {};
 #pragma unroll
-    for (int i = 0; i < kLength * kChains; ++i) {
-      const int chain = i % kChains;
-      const int step = span * Config::kStepsPerSpan + chain * kLength + i / kChains;
+    for (int i = 0; i < Config::kStepsPerSpan * kTogether; ++i) {
+      const int chain = i % kTogether, step = (span + chain) * Config::kStepsPerSpan + i / kTogether;
       const int q = step / 4, shift = step % 4 * 4;
       const uint32_t frag_w[4] = {(low[q] << shift) & kTopCodes, (high[q] << shift) & kTopCodes,
                                   (low[q] << (shift + 2)) & kTopCodes, (high[q] << (shift + 2)) & kTopCodes};
@@ -246,9 +230,8 @@ __device__ void multiply(float (&sums)[Config::kColumnTiles][4], const uint32_t 
 #pragma unroll
     for (int i = 0; i < kTogether * Config::kColumnTiles * 4; ++i) {
       const int at = i % 4, tile = i / 4 % Config::kColumnTiles, which = i / 4 / Config::kColumnTiles;
-      float product = products[which * Config::kSplit][tile][at];
-      if (Config::kSplit == 2) product += products[which * Config::kSplit + Config::kSplit - 1][tile][at];
-      sums[tile][at] += smem.scales[threadIdx.x % 32 / 4 + at / 2 * 8][span + which] * product;
+      sums[tile][at] +=
+          smem.scales[threadIdx.x % 32 / 4 + at / 2 * 8][span + which] * products[which][tile][at];
     }
   }
 }
@@ -291,58 +274,28 @@ __global__ void __launch_bounds__(Config::kMaxThreads, Config::kMinBlocks)
 
   launch_dependents();
   StreamScales<Config> scales;
-  if constexpr (Config::kEarly) {
-    load_codes(smem_units, a, first_row, tiles, first_column);
-    scales.load(a, first_row, tiles, first_column);
-  } else if (threadIdx.x == 0) {
-    // The rows of a block lie in one run: on their way to L2 before the kernels before this one are done.
-    const int64_t rows = min(int64_t{tiles} * Config::kTileRows, a.gemm.n - first_row);
-    const int64_t row_of_scales = a.groups * size_of(a.gemm.scale_type);
-    prefetch_to_l2(a.gemm.codes + first_row * (a.gemm.k / 4), rows * (a.gemm.k / 4));
-    prefetch_to_l2(static_cast<const char*>(a.gemm.scales) + first_row * row_of_scales, rows * row_of_scales);
-  }
+  load_codes(smem_units, a, first_row, tiles, first_column);
+  scales.load(a, first_row, tiles, first_column);
   wait_for_prerequisites();
-  if constexpr (!Config::kDirect) {
-    load_x(*smem_x, a, rows_of_x, first_column);
-    commit_copies();
-  }
-  if constexpr (!Config::kEarly) {
-    load_codes(smem_units, a, first_row, tiles, first_column);
-    scales.load(a, first_row, tiles, first_column);
-  }
-  // rows past the last repeat it and are not stored
-  uint32_t frag_x[Config::kColumnTiles][2 * Config::kSteps];
-  if constexpr (Config::kDirect) {
-#pragma unroll
-    for (int i = 0; i < Config::kColumnTiles; ++i) {
-      const int64_t row = min(i * Config::kColumns + lane / 4, rows_of_x - 1);
-      const auto* x = static_cast<const char*>(a.gemm.x) + (row * a.gemm.k + first_column) * 2;
-      load_fragments<Config>(frag_x[i], [&](int piece) {
-        const bool valid = first_column + piece * 8 < a.gemm.k;
-        return valid ? *reinterpret_cast<const uint4*>(x + piece * 16) : uint4{};
-      });
-    }
-  }
+  load_x(*smem_x, a, rows_of_x, first_column);
+  commit_copies();
   for (int tile = 0; tile < (scales.kTiles < Config::kMaxTiles ? tiles : 1); tile += scales.kTiles) {
     if (scales.kTiles < Config::kMaxTiles && tile > 0)
       scales.load(a, first_row + tile * Config::kTileRows, tiles - tile, first_column);
     scales.store(smem_units + tile, a.gemm.scale_type, tiles - tile);
   }
-  if constexpr (!Config::kDirect) {
-    wait_for_copies<Config::kEarly ? 0 : Config::kMaxTiles>();
-    __syncwarp();
+  wait_for_copies<0>();
+  __syncwarp();
+  // rows past the last repeat it and are not stored
+  uint32_t frag_x[Config::kColumnTiles][2 * Config::kSteps];
 #pragma unroll
-    for (int i = 0; i < Config::kColumnTiles; ++i) {
-      const int row = min(i * Config::kColumns + lane / 4, rows_of_x - 1);
-      load_fragments<Config>(frag_x[i], [&](int piece) { return smem_x->x[row][x_slot(row, piece)]; });
-    }
+  for (int i = 0; i < Config::kColumnTiles; ++i) {
+    const int row = min(i * Config::kColumns + lane / 4, rows_of_x - 1);
+    load_fragments<Config>(frag_x[i], [&](int piece) { return smem_x->x[row][x_slot(row, piece)]; });
   }
 
 #pragma unroll 1
   for (int tile = 0; tile < tiles; ++tile) {
-    wait_for_copies<Config::kMaxTiles - 1>();  // kMaxTiles + tile groups were closed: the tile's is there
-    commit_copies();
-    __syncwarp();
     StreamUnit<Config>& unit = smem_units[tile];
     uint32_t low[Config::kWords], high[Config::kWords];
     load_words<Config>(low, unit, lane / 4);
