@@ -216,19 +216,23 @@ def test_unsupported_models():
 # The kernel's plan
 
 H200 = 132  # multiprocessors
-PUBLISHED = {"130m": (768, 24), "370m": (1024, 32), "780m": (1536, 48), "1.3b": (2048, 64), "2.7b": (2560, 80)}
+MODELS = {
+    "130m": (768, 24),
+    "370m": (1024, 32),
+    "780m": (1536, 48),
+    "1.3b": (2048, 64),
+    "2.7b": (2560, 80),
+}
 
 
 def plan(d_model: int, heads: int, batch: int = 1, group: int = 128, state_bytes: int = 4, sms: int = H200):
-    return _C.decode_plan(
-        batch, d_model, heads, 64, d_model // group, 2 * d_model // group, state_bytes, sms
-    )
+    return _C.decode_plan(batch, d_model, heads, 64, d_model // group, 2 * d_model // group, state_bytes, sms)
 
 
 @pytest.mark.parametrize("batch", range(1, 9))
-@pytest.mark.parametrize("model", PUBLISHED)
+@pytest.mark.parametrize("model", MODELS)
 def test_plan_of_the_published_models(model, batch):
-    d_model, heads = PUBLISHED[model]
+    d_model, heads = MODELS[model]
     found = plan(d_model, heads, batch)
     if model == "2.7b" and batch > 4:
         assert found == {"expected": "less shared memory"}
@@ -243,7 +247,7 @@ def test_plan_of_the_published_models(model, batch):
 
 
 def test_plan_looks_two_layers_ahead_at_batch_1():
-    for d_model, heads in list(PUBLISHED.values())[:4]:
+    for d_model, heads in list(MODELS.values())[:4]:
         assert plan(d_model, heads)["depths"] == (2, 2, 2, 2)
 
 

@@ -27,14 +27,15 @@ static py::dict gemm_plan(int64_t m, int64_t n, int64_t k, int64_t group, bool o
 static py::dict decode_plan(int batch, int d_model, int heads, int head_dim, int in_groups, int out_groups,
                             int state_bytes, int sms) {
   using namespace ternary::sm90;
-  const DecodePlan p = plan_decode({batch, d_model, heads, head_dim, in_groups, out_groups, state_bytes}, sms);
+  const DecodePlan p =
+      plan_decode({batch, d_model, heads, head_dim, in_groups, out_groups, state_bytes}, sms);
   if (p.expected) return py::dict(py::arg("expected") = p.expected);
-  return py::dict(py::arg("expected") = py::none(), py::arg("blocks") = p.blocks, py::arg("warps") = p.warps,
-                  py::arg("shared_tiles") = p.shared_tiles,
-                  py::arg("shared_blocks_units") = p.shared_blocks_units,
-                  py::arg("other_units") = p.other_units, py::arg("max_units") = p.max_units,
-                  py::arg("out_tiles") = p.out_tiles, py::arg("shared_bytes") = p.shared_bytes,
-                  py::arg("depths") = py::make_tuple(p.params.depth, p.in.depth, p.states.depth, p.out.depth));
+  return py::dict(
+      py::arg("expected") = py::none(), py::arg("blocks") = p.blocks, py::arg("warps") = p.warps,
+      py::arg("shared_tiles") = p.shared_tiles, py::arg("shared_blocks_units") = p.shared_blocks_units,
+      py::arg("other_units") = p.other_units, py::arg("max_units") = p.max_units,
+      py::arg("out_tiles") = p.out_tiles, py::arg("shared_bytes") = p.shared_bytes,
+      py::arg("depths") = py::make_tuple(p.params.depth, p.in.depth, p.states.depth, p.out.depth));
 }
 
 PYBIND11_MODULE(_C, m) {
