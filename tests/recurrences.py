@@ -37,6 +37,16 @@ def assert_results_accurate(results, reference, problem: dict, ulps: int = 4) ->
             assert (got - exact).abs().max() <= 2 * (same - exact).abs().max() + slack
 
 
+def assert_close_in_norm(op, yardstick, exact, problem: dict) -> None:
+    """The operator's relative error is at most twice the yardstick's, and one rounding to x's dtype."""
+    for got, same, expected in zip(
+        op(**problem), yardstick(**problem), exact(**in_double(problem)), strict=True
+    ):
+        assert got.shape == same.shape and got.dtype == same.dtype
+        errors = [(v.double() - expected).norm() for v in (got, same)]
+        assert errors[0] <= 2 * errors[1] + torch.finfo(problem["x"].dtype).eps / 2 * expected.norm()
+
+
 def assert_accurate_on_isa(on_isa, op, reference, problems: list[dict]) -> None:
     schema = op.default._schema
     calls = [

@@ -40,7 +40,9 @@ def step_problem(b=2, c=9, w=4, dtype=torch.float32, device="cpu", state=torch.f
     return made | {"x": made["x"][:, 0], "state": state}
 
 
+# Around the CPU's blocks of 64 channels and 32 tokens, the GPU's vectors of 2 or 4 channels and 16 tokens.
 SIZES = [(1, 1, 1, 1), (2, 7, 9, 4), (1, 2, 64, 4), (3, 33, 65, 2), (1, 100, 130, 3), (2, 32, 63, 5)]
+SIZES += [(1, 1, 8, 4), (3, 15, 72, 4), (2, 16, 8, 4), (2, 17, 136, 4), (1, 300, 24, 4), (1, 9, 16, 9)]
 EMPTY = [(0, 5, 8, 4), (2, 0, 8, 4), (2, 5, 0, 4)]
 
 
@@ -69,7 +71,17 @@ def test_matches_reference_on_packed_sequences(lengths, state, device):
     assert_accurate(conv, reference.causal_conv1d, made)
 
 
-@pytest.mark.parametrize("b, c, w", [(1, 1, 1), (2, 9, 4), (3, 130, 2), (0, 8, 4)])
+@pytest.mark.parametrize("lengths", [(50,), (0, 3, 0, 1, 2, 16, 17, 0, 33, 15, 0), (0,), (1,) * 40])
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("state", [None, torch.float32, torch.bfloat16])
+def test_vectors_of_packed_sequences(lengths, dtype, state, device):
+    made = problem(1, sum(lengths), 136, 4, dtype, device, state, len(lengths))
+    made["weight"] = made["weight"].to(dtype)
+    made["bias"] = made["bias"].to(dtype)
+    assert_accurate(conv, reference.causal_conv1d, packed(made, lengths))
+
+
+@pytest.mark.parametrize("b, c, w", [(1, 1, 1), (2, 9, 4), (3, 130, 2), (1, 5, 5), (2, 3, 11), (0, 8, 4)])
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_update_matches_reference(b, c, w, dtype, device):
     made = step_problem(b, c, w, dtype, device, dtype)

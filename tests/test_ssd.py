@@ -6,6 +6,7 @@ from recurrences import (
     FLOATS,
     assert_accurate,
     assert_accurate_on_isa,
+    assert_close_in_norm,
     assert_equal,
     assert_gradients_match,
     assert_reference_gradients,
@@ -45,6 +46,37 @@ def step_problem(b=2, h=4, p=5, g=2, n=3, dtype=torch.float32, device="cpu", sta
     return made | {k: made[k][:, 0] for k in ACTIVATIONS} | {"state": state}
 
 
+def rounding_dt_x(**problem):
+    """The reference with dt x rounded to x's dtype, as torch's products in 16 bits would take it."""
+    given, problem = problem, in_double(problem)
+    x, dtype = problem["x"], given["x"].dtype
+    dt = reference._step_size(
+        problem["dt"],
+        problem.get("dt_bias"),
+        problem.get("dt_softplus", True),
+        problem.get("dt_min", 0.0),
+        problem.get("dt_max"),
+    ).unsqueeze(-1)
+    rounded = torch.where(dt == 0, 0, (x * dt).to(dtype).double() / dt)
+    y, state = reference.ssd(**(problem | {"x": rounded, "D": None, "z": None}))
+    D = problem.get("D")
+    D = D.unsqueeze(-1) if D is not None and D.dim() == 1 else D
+    y = reference._skip_and_gate(y, x, D, problem.get("z"))
+    state_dtype = torch.promote_types(dtype, torch.float32)
+    if given.get("initial_state") is not None:
+        state_dtype = given["initial_state"].dtype
+    return y.to(dtype), state.to(state_dtype)
+
+
+def assert_ssd_accurate(made):
+    """GPUs multiply 16-bit activations on the tensor cores, which takes one factor in 16 bits."""
+    x, B = made["x"], made["B"]
+    if x.is_cuda and x.itemsize == 2 and x.shape[3] % 8 == 0 and B.shape[3] % 8 == 0:
+        assert_close_in_norm(ssd, rounding_dt_x, reference.ssd, made)
+    else:
+        assert_accurate(ssd, reference.ssd, made)
+
+
 # Lengths around the kernel's tile of 16 tokens and the reference's chunk of 64, rows around its four, any n.
 SIZES = [
     (1, 1, 1, 1, 1, 1),
@@ -60,8 +92,9 @@ EMPTY = [(0, 5, 4, 4, 1, 8), (2, 0, 4, 4, 1, 8), (2, 5, 0, 4, 1, 8), (2, 5, 2, 0
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("b, l, h, p, g, n", SIZES + EMPTY)
 def test_matches_reference(b, l, h, p, g, n, dtype, device):
-    assert_accurate(ssd, reference.ssd, problem(b, l, h, p, g, n, dtype, device))
-    assert_accurate(ssd, reference.ssd, problem(b, l, h, p, g, n, dtype, device, state=dtype))
+    for state in (None, dtype):
+        made = problem(b, l, h, p, g, n, dtype, device, state)
+        assert_ssd_accurate(made)
 
 
 @pytest.mark.parametrize("without", [(), ("D",), ("z",), ("dt_bias",), ("D", "z", "dt_bias")])
@@ -76,11 +109,71 @@ def test_matches_reference_with_skip_per_channel(device):
     assert_accurate(ssd, reference.ssd, made)
 
 
-def test_fast_and_slow_decay_side_by_side(device):
-    made = problem(1, 130, 2, 4, 1, 8, device=device, state=torch.float32) | {"dt_bias": None}
+@pytest.mark.parametrize("dtype, p", [(torch.float32, 4), (torch.bfloat16, 64), (torch.float16, 64)])
+def test_fast_and_slow_decay_side_by_side(dtype, p, device):
+    made = problem(1, 130, 2, p, 1, 8, dtype, device, torch.float32) | {"dt_bias": None}
     made["dt"][:, ::7] = 40.0  # times A: a decay to nothing between tokens that hardly decay
     made["dt"][:, 1::7] = -12.0
-    assert_accurate(ssd, reference.ssd, made)
+    assert_ssd_accurate(made)
+
+
+# Around the GPU's chunks of 64 tokens, its units of 64 rows, two a block, and its panels of 64 columns.
+CHUNKED = [
+    (1, 1, 1, 8, 1, 8),
+    (2, 63, 3, 64, 1, 128),
+    (1, 64, 4, 64, 2, 64),
+    (1, 65, 3, 80, 3, 136),
+    (2, 129, 6, 48, 2, 256),
+    (1, 1000, 2, 64, 1, 128),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("b, l, h, p, g, n", CHUNKED)
+def test_matches_reference_in_chunks(b, l, h, p, g, n, dtype, device):
+    for state in (None, torch.float32, dtype):
+        made = problem(b, l, h, p, g, n, dtype, device, state)
+        assert_ssd_accurate(made)
+
+
+@pytest.mark.parametrize("without", [(), ("D",), ("z",), ("dt_bias",), ("D", "z", "dt_bias")])
+@pytest.mark.parametrize(
+    "options", [{}, {"dt_softplus": False}, {"dt_min": 0.05, "dt_max": 0.2}, {"D": "per channel"}]
+)
+def test_chunks_with_options(without, options, device):
+    made = problem(1, 100, 4, 64, 2, 128, torch.bfloat16, device, torch.float32) | dict.fromkeys(without)
+    if "D" in options:
+        options = {"D": torch.randn(4, 64, device=device)}
+    made |= options
+    assert_ssd_accurate(made)
+
+
+@pytest.mark.parametrize("lengths", [(300,), (0, 3, 0, 1, 64, 65, 0, 190, 63, 0), (0,), (1,) * 70])
+@pytest.mark.parametrize("state", [None, torch.float32, torch.bfloat16])
+def test_chunks_of_packed_sequences(lengths, state, device):
+    made = problem(1, sum(lengths), 2, 64, 1, 64, torch.bfloat16, device, state, len(lengths))
+    made = packed(made, lengths)
+    assert_ssd_accurate(made)
+
+
+def test_chunks_keep_sequences_apart(device):
+    made = packed(problem(1, 90, 2, 64, 1, 64, torch.bfloat16, device), (40, 50))
+    y, state = ssd(**made)
+    for name in ACTIVATIONS:
+        made[name][:, 40:] = torch.nan
+    other, other_state = ssd(**made)
+    assert_equal((other[:, :40], other_state[:1]), (y[:, :40], state[:1]))
+    assert other[:, 40:].isnan().all() and other_state[1:].isnan().all()
+
+
+def test_chunks_are_read_as_they_lie(device):
+    made = problem(2, 70, 8, 64, 2, 64, torch.bfloat16, device)
+    order = ("z", "x", "B", "C", "dt")  # all rows whole vectors
+    sizes = [made[name].flatten(2).shape[2] for name in order]
+    pieces = torch.cat([made[name].flatten(2) for name in order], -1).split(sizes, -1)
+    slices = {k: v.unflatten(2, made[k].shape[2:]) for k, v in zip(order, pieces, strict=True)}
+    assert_equal(ssd(**(made | slices)), ssd(**made))
+    assert_ssd_accurate(poisoned(made, ACTIVATIONS, 2))
 
 
 @pytest.mark.parametrize("lengths", [(7,), (0, 3, 0, 1, 70, 0), (0,)])
@@ -91,7 +184,18 @@ def test_matches_reference_on_packed_sequences(lengths, state, device):
 
 
 @pytest.mark.parametrize(
-    "b, h, p, g, n", [(1, 1, 1, 1, 1), (2, 4, 5, 2, 3), (3, 2, 64, 1, 128), (0, 4, 4, 1, 8)]
+    "b, h, p, g, n",
+    [
+        (1, 1, 1, 1, 1),
+        (2, 4, 5, 2, 3),
+        (3, 2, 64, 1, 128),
+        (2, 3, 33, 1, 64),
+        (1, 2, 80, 2, 24),
+        (1, 2, 7, 1, 256),
+        (1, 1, 3, 1, 264),
+        (2, 1, 4, 1, 520),
+        (0, 4, 4, 1, 8),
+    ],
 )
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("state", FLOATS)
@@ -137,6 +241,21 @@ def test_extreme_inputs_stay_finite(device):
         for op in (ssd, reference.ssd):
             assert all(v.isfinite().all() for v in op(**made))
             assert all(v.isfinite().all() for v in op(**made, dt_softplus=False))
+
+
+def test_extreme_steps_in_chunks_stay_finite(device):
+    extreme = torch.tensor([-3e38, -1e4, -100, 0, 100, 1e4], device=device)
+    for A in (-3e38, -1e3, 0.0, 1e3, 3e38):
+        made = problem(1, 70, 6, 8, 1, 8, torch.bfloat16, device, torch.float32)
+        made |= {"A": torch.full((6,), A, device=device)}
+        made["dt"][:] = extreme.bfloat16()
+        for options in ({}, {"dt_softplus": False}):
+            assert all(v.isfinite().all() for v in ssd(**made, **options))
+
+
+def test_is_deterministic(device):
+    made = problem(2, 200, 4, 64, 2, 128, torch.bfloat16, device)
+    assert_equal(ssd(**made), ssd(**made))
 
 
 def test_same_bits_for_any_thread_count():

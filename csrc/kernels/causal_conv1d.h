@@ -6,6 +6,8 @@
 
 #include "kernels/dtype.h"
 
+struct CUstream_st;
+
 namespace ternary {
 
 // Serves causal_conv1d and its update: one token a sequence, initial_state = final_state.
@@ -27,5 +29,9 @@ constexpr int64_t kConvBlock = 64;  // channels of one work item: 68 items in th
 
 // Work items are (sequence, block of channels), block fastest.
 void causal_conv1d_cpu(const CausalConv1dArgs& args, int64_t begin, int64_t end);
+
+// Each returns a cudaError_t.
+int causal_conv1d_sm90(const CausalConv1dArgs& args, CUstream_st* stream);
+int causal_conv1d_update_sm90(const CausalConv1dArgs& args, CUstream_st* stream);
 
 }  // namespace ternary

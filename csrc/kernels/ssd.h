@@ -6,6 +6,8 @@
 
 #include "kernels/dtype.h"
 
+struct CUstream_st;
+
 namespace ternary {
 
 // Serves ssd and its update: one token a sequence, initial_state = final_state.
@@ -29,9 +31,15 @@ struct SsdArgs {
   int64_t D_size;        // 1 or p
   float dt_min, dt_max;  // dt_max infinity: no limit
   bool dt_softplus;
+  void* workspace = nullptr;  // of ssd on sm90
 };
 
 // Work items are (sequence, head), head fastest.
 void ssd_cpu(const SsdArgs& args, int64_t begin, int64_t end);
+
+// Each returns a cudaError_t.
+int ssd_sm90(const SsdArgs& args, CUstream_st* stream);
+int ssd_workspace_sm90(const SsdArgs& args, int64_t* bytes);  // that ssd_sm90 needs
+int ssd_update_sm90(const SsdArgs& args, CUstream_st* stream);
 
 }  // namespace ternary

@@ -3,11 +3,13 @@
 #include <torch/csrc/stable/macros.h>
 
 #include "kernels/sm90/gemm/select.h"
+#include "ops/causal_conv1d.h"
 #include "ops/decode.h"
 #include "ops/gemm.h"
 #include "ops/norm.h"
 #include "ops/quantize.h"
 #include "ops/selective_scan.h"
+#include "ops/ssd.h"
 
 namespace ternary {
 
@@ -22,6 +24,16 @@ template <class Args, int (*launch)(const Args&, CUstream_st*)>
 static void run(const Args& args, const Tensor& t) {
   const torch::stable::accelerator::DeviceGuard guard(t.get_device_index());
   STD_CUDA_CHECK(cudaError_t(launch(args, current_stream(t))));
+}
+
+static void run_ssd(const SsdArgs& args, const Tensor& y) {
+  const torch::stable::accelerator::DeviceGuard guard(y.get_device_index());
+  int64_t bytes = 0;
+  STD_CUDA_CHECK(cudaError_t(ssd_workspace_sm90(args, &bytes)));
+  const Tensor workspace = torch::stable::new_empty(y, {bytes}, ScalarType::Byte);
+  SsdArgs with_workspace = args;
+  with_workspace.workspace = workspace.mutable_data_ptr();
+  run<SsdArgs, ssd_sm90>(with_workspace, y);
 }
 
 static void run_gemm(const GemmArgs& args, const Tensor& y) {
@@ -65,4 +77,9 @@ STABLE_TORCH_LIBRARY_IMPL(ternary, CUDA, m) {
          TORCH_BOX((&selective_scan_update<run<SelectiveScanArgs, selective_scan_update_sm90>>)));
   m.impl("rms_norm_gated", TORCH_BOX((&rms_norm_gated<run<RmsNormGatedArgs, rms_norm_gated_sm90>>)));
   m.impl("add_rms_norm", TORCH_BOX((&add_rms_norm<run<AddRmsNormArgs, add_rms_norm_sm90>>)));
+  m.impl("causal_conv1d", TORCH_BOX((&causal_conv1d<run<CausalConv1dArgs, causal_conv1d_sm90>>)));
+  m.impl("causal_conv1d_update",
+         TORCH_BOX((&causal_conv1d_update<run<CausalConv1dArgs, causal_conv1d_update_sm90>>)));
+  m.impl("ssd", TORCH_BOX((&ssd<run_ssd>)));
+  m.impl("ssd_update", TORCH_BOX((&ssd_update<run<SsdArgs, ssd_update_sm90>>)));
 }

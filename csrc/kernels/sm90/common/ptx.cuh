@@ -131,6 +131,16 @@ __device__ inline void copy_tile_async(void* smem, const CUtensorMap& from, int 
       : "memory");
 }
 
+// The same of three dimensions; an index counts elements, rows, planes.
+__device__ inline void copy_box_async(void* smem, const CUtensorMap& from, int column, int row, int plane,
+                                      uint64_t* barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
+      "[%0], [%1, {%2, %3, %4}], [%5];" ::"r"(shared_address(smem)),
+      "l"(&from), "r"(column), "r"(row), "r"(plane), "r"(shared_address(barrier))
+      : "memory");
+}
+
 // Starts the copy of a run of bytes, a multiple of 16; they arrive at the barrier.
 __device__ inline void copy_run_async(void* smem, const void* from, uint32_t bytes, uint64_t* barrier) {
   asm volatile(
@@ -231,6 +241,24 @@ __device__ inline void store_matrices_transposed(void* smem, const uint32_t (&pa
       : "memory");
 }
 
+// The same without transposing: row lane % 8 of matrix lane / 8 is at the lane's address.
+__device__ inline void store_matrices(void* smem, const uint32_t (&pairs)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(smem)),
+               "r"(pairs[0]), "r"(pairs[1]), "r"(pairs[2]), "r"(pairs[3])
+               : "memory");
+}
+
+// Loads four 8 x 8 matrices of halves transposed, addressed like these.
+__device__ inline void load_matrices_transposed(uint32_t (&pairs)[4], const void* smem) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(pairs[0]), "=r"(pairs[1]), "=r"(pairs[2]), "=r"(pairs[3])
+               : "r"(shared_address(smem))
+               : "memory");
+}
+
+// Shows what this thread wrote to shared memory to the tensor cores.
+__device__ inline void fence_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
 // The products of a warpgroup run beside it, in groups that it opens, closes and waits for. The sums and A
 // are registers that the compiler must leave alone until then: naming them in an empty asm keeps them in
 // place.
@@ -319,5 +347,52 @@ TERNARY_WGMMA(wgmma_m64k32, 64, "m64n128k32", "e4m3.e4m3", "%64, %65, %66, %67",
 #undef TERNARY_D32
 #undef TERNARY_D64
 #undef TERNARY_D128
+
+// The low word of what swizzled_matrix gives: 16 more bytes are 1 more.
+__device__ inline uint32_t swizzled_address(const void* smem) { return 1 << 16 | shared_address(smem) / 16; }
+
+// d (+)= a b^T with both operands in shared memory, a and b [64, 16] by rows; and d += a b with a in
+// registers and b [16, 64] by its rows of 16, which the tensor cores transpose. d is [64, 64].
+template <class Element>
+__device__ void wgmma_64(float (&d)[32], uint32_t a, uint32_t b, bool add);
+template <class Element>
+__device__ void wgmma_64_transposed(float (&d)[32], const uint32_t (&a)[4], uint32_t b);
+
+#define TERNARY_SUMS_32                                                                                   \
+  "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, " \
+  "%22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
+#define TERNARY_FOUR(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
+#define TERNARY_IN_32(d)                                                                                \
+  TERNARY_FOUR(d, 0), TERNARY_FOUR(d, 4), TERNARY_FOUR(d, 8), TERNARY_FOUR(d, 12), TERNARY_FOUR(d, 16), \
+      TERNARY_FOUR(d, 20), TERNARY_FOUR(d, 24), TERNARY_FOUR(d, 28)
+#define TERNARY_WGMMA_64(Element, name)                                                                     \
+  template <>                                                                                               \
+  __device__ inline void wgmma_64<Element>(float (&d)[32], uint32_t a, uint32_t b, bool add) {              \
+    asm volatile(                                                                                           \
+        "{\n.reg .pred add;\n.reg .b64 a, b;\nsetp.ne.b32 add, %34, 0;\n"                                   \
+        "mov.b64 a, {%32, 0x40000040};\nmov.b64 b, {%33, 0x40000040};\n"                                    \
+        "wgmma.mma_async.sync.aligned.m64n64k16.f32." name "." name " " TERNARY_SUMS_32                     \
+        "a, b, add, 1, 1, 0, 0;\n}"                                                                         \
+        : TERNARY_IN_32(d)                                                                                  \
+        : "r"(a), "r"(b), "r"(int{add})                                                                     \
+        : "memory");                                                                                        \
+  }                                                                                                         \
+  template <>                                                                                               \
+  __device__ inline void wgmma_64_transposed<Element>(float (&d)[32], const uint32_t (&a)[4], uint32_t b) { \
+    asm volatile(                                                                                           \
+        "{\n.reg .pred add;\n.reg .b64 b;\nsetp.eq.b32 add, 0, 0;\n"                                        \
+        "mov.b64 b, {%36, 0x40000040};\n"                                                                   \
+        "wgmma.mma_async.sync.aligned.m64n64k16.f32." name "." name " " TERNARY_SUMS_32                     \
+        "{%32, %33, %34, %35}, b, add, 1, 1, 1;\n}"                                                         \
+        : TERNARY_IN_32(d)                                                                                  \
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b)                                                \
+        : "memory");                                                                                        \
+  }
+TERNARY_WGMMA_64(__nv_bfloat16, "bf16")
+TERNARY_WGMMA_64(__half, "f16")
+#undef TERNARY_WGMMA_64
+#undef TERNARY_IN_32
+#undef TERNARY_FOUR
+#undef TERNARY_SUMS_32
 
 }  // namespace ternary::sm90

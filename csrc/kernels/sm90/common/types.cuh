@@ -5,6 +5,7 @@
 #include <cuda_fp16.h>
 
 #include <cstdint>
+#include <type_traits>
 
 #include "kernels/dtype.h"
 
@@ -49,6 +50,18 @@ __device__ inline float2 widen_pair<__half>(uint32_t pair) {
   return __half22float2(*reinterpret_cast<const __half2*>(&pair));
 }
 
+// Two floats, rounded.
+template <class Element>
+__device__ uint32_t pack_floats(float first, float second) {
+  if constexpr (std::is_same_v<Element, __half>) {
+    const __half2 pair = __floats2half2_rn(first, second);
+    return *reinterpret_cast<const uint32_t*>(&pair);
+  } else {
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(first, second);
+    return *reinterpret_cast<const uint32_t*>(&pair);
+  }
+}
+
 // Element i of `from`.
 __device__ inline float load_float(const void* from, DType type, int64_t i) {
   if (type == DType::f32) return static_cast<const float*>(from)[i];
@@ -76,6 +89,16 @@ int with_type(DType type, Function f) {
   return f(__nv_bfloat16{});
 }
 
+template <class Function>
+__device__ void with_type_on_device(DType type, Function f) {
+  if (type == DType::f32)
+    f(float{});
+  else if (type == DType::f16)
+    f(__half{});
+  else
+    f(__nv_bfloat16{});
+}
+
 // N elements that are read or written at once: in accesses of up to 16 bytes where kAligned, else one by one.
 template <class Element, int N, bool kAligned>
 struct alignas(!kAligned                  ? sizeof(Element)
@@ -83,6 +106,53 @@ struct alignas(!kAligned                  ? sizeof(Element)
                                           : 16) Run {
   Element at[N];
 };
+
+// N elements as the words that hold them, which take fewer registers than halves one by one.
+template <class Element, int N>
+struct alignas(sizeof(Element) * N < 16 ? sizeof(Element) * N : 16) Words {
+  static constexpr int kPerWord = 4 / sizeof(Element);
+  uint32_t at[N / kPerWord];
+};
+
+template <class Element, int N>
+__device__ void to_floats(float (&to)[N], const Words<Element, N>& from) {
+#pragma unroll
+  for (int i = 0; i < N; i += 2) {
+    if constexpr (sizeof(Element) == 4) {
+      to[i] = __uint_as_float(from.at[i]);
+      to[i + 1] = __uint_as_float(from.at[i + 1]);
+    } else {
+      const float2 pair = widen_pair<Element>(from.at[i / 2]);
+      to[i] = pair.x;
+      to[i + 1] = pair.y;
+    }
+  }
+}
+
+template <class Element, int N>
+__device__ Words<Element, N> to_words(const float (&from)[N]) {
+  Words<Element, N> to;
+#pragma unroll
+  for (int i = 0; i < N; i += 2) {
+    if constexpr (sizeof(Element) == 4) {
+      to.at[i] = __float_as_uint(from[i]);
+      to.at[i + 1] = __float_as_uint(from[i + 1]);
+    } else {
+      to.at[i / 2] = pack_floats<Element>(from[i], from[i + 1]);
+    }
+  }
+  return to;
+}
+
+template <class Element, int N>
+__device__ Words<Element, N> load_words(const Element* from) {
+  return *reinterpret_cast<const Words<Element, N>*>(from);
+}
+
+template <class Element, int N>
+__device__ void store_words(Element* to, const Words<Element, N>& words) {
+  *reinterpret_cast<Words<Element, N>*>(to) = words;
+}
 
 inline bool is_aligned(const void* pointer, int bytes = 16) {
   return reinterpret_cast<uintptr_t>(pointer) % bytes == 0;
