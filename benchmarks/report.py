@@ -13,7 +13,7 @@ from pathlib import Path
 RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parents[1] / "README.md"
 OPS, MODEL, SCAN = (RESULTS / f"h200_{name}.json" for name in ("ops", "model", "scan"))
-ROWS = (1, 8, 64, 512, 4096)  # of the table of products
+ROWS = (1, 8, 16, 32, 64)  # of the table of products
 BATCHES = (1, 8, 64, 256)
 LIBRARIES = {"ternary_ssm": "-", "mamba_ssm": "--"}  # and their lines
 
