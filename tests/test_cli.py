@@ -219,13 +219,24 @@ def test_quantize_is_plain_rounding(directory, ternary):
     [
         (["--group-size", "48"], "group_size is 48, expected a positive multiple of 32"),
         (["--group-size", "96"], "group_size=96 does not divide in_features=64"),
-        (["--rule", "median"], "rule is 'median', expected one of absmean"),
+        (["--rule", "median"], "rule is 'median', expected one of absmean, twn"),
+        (["--rule", "learned", "--group-size", "32"], "rule 'learned' trains its scales: quantize_ and"),
         (["--modules", "nothing"], "no Linear"),
     ],
 )
 def test_quantize_refuses(directory, capsys, tmp_path, flags, words):
     fails(capsys, words, "quantize", directory, str(tmp_path / "out"), *flags)
     assert not (tmp_path / "out").exists()
+
+
+def test_quantize_by_another_rule(directory, tmp_path):
+    out = str(tmp_path / "out")
+    assert cli.main(["quantize", directory, out, "--group-size", "32", "--rule", "mse"]) == 0
+    config = TernaryConfig(group_size=32, rule="mse")
+    expected, model = pack_(MambaLM.from_pretrained(directory), config), MambaLM.from_pretrained(out)
+    assert model.ternary == config
+    for name, buffer in expected.named_buffers():
+        assert torch.equal(model.get_buffer(name), buffer), name
 
 
 def test_quantize_refuses_models(directory, ternary, capsys, tmp_path):
@@ -257,8 +268,8 @@ def test_distill_hands_over_its_flags(capsys, monkeypatch):
     assert cli.main(argv) == 0
     assert calls.pop() == (("t", "d.npy", "o", DistillConfig(TernaryConfig(), 1000)), no_extras())
     more = ["--eval-data", "e.npy", "--resume", "--learning-rate", "1e-3", "--group-size", "tensor"]
-    assert cli.main([*argv, *more]) == 0
-    config = DistillConfig(TernaryConfig(group_size="tensor"), 1000, 1e-3)
+    assert cli.main([*argv, *more, "--rule", "bounded"]) == 0
+    config = DistillConfig(TernaryConfig(group_size="tensor", rule="bounded"), 1000, 1e-3)
     assert calls.pop() == (("t", "d.npy", "o", config), {"eval_data": "e.npy", "resume": True})
 
     fails(capsys, "--device is cuda:99", *argv, "--device", "cuda:99")

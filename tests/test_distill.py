@@ -49,8 +49,9 @@ def make_distiller(out: Path, steps: int = 6, seed: int = 0, data_seed: int = 0,
     teacher = make_teacher(seed, options.pop("layer", "Mamba2"))
     tokens = np.random.RandomState(data_seed).randint(0, VOCAB, 500).astype(np.uint16)
     eval_tokens = options.pop("eval_tokens", None)
+    ternary = options.pop("ternary", TERNARY)
     options = {"learning_rate": 3e-3, "log_every": 1, "save_every": 2} | options
-    config = DistillConfig(TERNARY, steps * BATCH * LENGTH, LENGTH, BATCH, **options)
+    config = DistillConfig(ternary, steps * BATCH * LENGTH, LENGTH, BATCH, **options)
     return Distiller(teacher, TokenStream(tokens, LENGTH, BATCH, config.seed), config, out, eval_tokens)
 
 
@@ -263,6 +264,53 @@ def test_zero_ratio_alarm(tmp_path):
             if share == 0.4:
                 warnings.simplefilter("error")
             d.train()
+
+
+@pytest.mark.parametrize("rule", ["twn", "mse", "learned", "bounded"])
+def test_zero_ratio_alarm_of_other_rules(tmp_path, rule):
+    """Each layer's ratio is of the codes that training sees; what a rule is expected to give is no alarm."""
+    d = make_distiller(tmp_path, steps=1, learning_rate=1e-9, ternary=TernaryConfig(32, rule))
+    layer = d.student.backbone.layers[1].mixer.out_proj
+    with torch.no_grad():
+        if rule == "learned":  # six times absmean
+            layer.parametrizations.weight[0].scale.mul_(6)
+        else:
+            weight = layer.parametrizations.weight.original
+            weight.view(-1)[torch.arange(weight.numel()) % 10 < 9] = 0
+    expected = (layer.weight == 0).float().mean().item()
+    assert expected > 0.8
+    assert d.zero_ratios()["backbone.layers.1.mixer.out_proj"] == pytest.approx(expected)
+    with pytest.raises(DistillError, match=r"of the codes of .*layers\.1\.mixer\.out_proj are zero"):
+        d.train()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        make_distiller(tmp_path / "healthy", steps=1, ternary=d.config.ternary).train()
+
+
+@pytest.mark.parametrize(("rule", "name"), [("learned", "scale"), ("bounded", "logit")])
+def test_trained_scales_train_without_decay_and_resume(tmp_path, rule, name):
+    options = {"ternary": TernaryConfig(32, rule), "steps": 4, "weight_decay": 0.1}
+    whole = make_distiller(tmp_path / "whole", **options)
+    before = copy.deepcopy(whole.student.state_dict())
+    keys = [k for k in before if k.endswith(f".parametrizations.weight.0.{name}")]
+    assert len(keys) == 4
+    parameters = dict(whole.student.named_parameters())
+    decayed, plain = ({id(p) for p in group["params"]} for group in whole.optimizer.param_groups)
+    assert all(id(parameters[k]) in plain for k in keys)
+    assert all(id(parameters[k.replace(f"0.{name}", "original")]) in decayed for k in keys)
+    whole.train()
+    assert all((whole.student.state_dict()[k] != before[k]).all() for k in keys)
+
+    broken = make_distiller(tmp_path / "broken", **options)
+    for _ in range(2):
+        broken.train_step()
+    broken.save()
+    resumed = make_distiller(tmp_path / "broken", **options)
+    resumed.train(resume=True)
+    for key, value in whole.student.state_dict().items():
+        assert torch.equal(resumed.student.state_dict()[key], value), key
+    with pytest.raises(DistillError, match="of another run: ternary was"):
+        make_distiller(tmp_path / "broken", **options | {"ternary": TERNARY}).train(resume=True)
 
 
 def test_loss_that_is_not_finite_stops_before_the_update(tmp_path):

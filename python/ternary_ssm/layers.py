@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import MambaConfig, TernaryConfig
-from .quantizer import TernaryWeight
+from .quantizer import FakeQuantize, TernaryWeight
 
 
 class TernaryLinear(nn.Module):
@@ -45,12 +45,12 @@ class TernaryLinear(nn.Module):
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, config: TernaryConfig) -> TernaryLinear:
-        """Rounds the linear's weight (the latent one under QAT, which gives the value that training saw)."""
-        weight = linear.weight
+        """Rounds the linear's weight; one under QAT to the value that training saw."""
         if hasattr(linear, "parametrizations"):
-            weight = linear.parametrizations.weight.original
+            ternary = FakeQuantize.packed(linear)
+        else:
+            ternary = TernaryWeight.from_float(linear.weight, config)
         packed = cls(linear.in_features, linear.out_features, config, bias=False, device="meta")
-        ternary = TernaryWeight.from_float(weight, config)
         packed.weight, packed.weight_scale, packed.bias = ternary.codes, ternary.scales, linear.bias
         return packed
 

@@ -28,7 +28,8 @@ def quantize_(model: nn.Module, config: TernaryConfig, filter_fn: FilterFn | Non
     model: a MambaLM, or a Mamba model of transformers or mamba_ssm.
     filter_fn(module, name): which Linear layers; by default those whose last name is in config.modules.
     The latent weights become fp32; `layer.weight` is then code * scale in the layer's dtype, with a
-    straight-through gradient (arXiv 2606.18114). Everything else is untouched.
+    straight-through gradient (arXiv 2606.18114). Everything else is untouched. Rules that train scales add
+    their parameters (quantizer.FakeQuantize) to model.parameters().
     Raises ValueError if nothing matches, a layer is quantized already, or the group size does not divide it.
     """
     wanted = filter_fn or (lambda module, name: config.selects(name))
@@ -45,7 +46,8 @@ def quantize_(model: nn.Module, config: TernaryConfig, filter_fn: FilterFn | Non
     for _, linear in chosen:
         dtype = linear.weight.dtype
         linear.weight.data = linear.weight.data.float()
-        parametrize.register_parametrization(linear, "weight", FakeQuantize(config, dtype), unsafe=True)
+        fake = FakeQuantize(config, linear.weight, dtype)
+        parametrize.register_parametrization(linear, "weight", fake, unsafe=True)
     return model
 
 
@@ -55,7 +57,8 @@ def pack_(
     """Replaces quantized layers by TernaryLinear in place, for inference; returns the model.
 
     After quantize_ it packs what training saw, under the config given there. A dense model is rounded as it
-    stands and needs `config`. The embedding and head of a MambaLM become int8 if the config says so.
+    stands and needs `config`, of a rule that trains no scales. The embedding and head of a MambaLM become
+    int8 if the config says so.
     """
     quantized = {name: m for name, m in _linears(model) if _fake_quantize(m) is not None}
     if quantized:
@@ -65,6 +68,11 @@ def pack_(
         (config,) = configs
     elif config is None:
         raise ValueError("the model is not quantized: quantize_ it first, or give pack_ a config")
+    elif config.trains_scales:
+        raise ValueError(
+            f"rule {config.rule!r} trains its scales: quantize_ and train the model before it is packed, "
+            "or choose one of absmean, twn, mse"
+        )
     else:
         quantize_(model, config, filter_fn)
         quantized = {name: m for name, m in _linears(model) if _fake_quantize(m) is not None}
