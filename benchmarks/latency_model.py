@@ -20,6 +20,7 @@ from torch import nn
 
 from ternary_ssm import MambaConfig, MambaLM, TernaryConfig, graphs
 from ternary_ssm.checkpoints import gguf
+from ternary_ssm.decoder import Decoder, next_logits
 from ternary_ssm.sampling import SamplingConfig
 
 BATCHES = {"cuda": [1, 2, 4, 8, 16, 32, 64, 128, 256], "cpu": [1, 8]}
@@ -70,6 +71,9 @@ def ours(model: MambaLM, device: str) -> Build:
             loop.cache = cache
             return [lambda: loop.advance(model)], state_dtype
         ids = torch.randint(VOCAB, (batch, length), device=device)
+        if bench == "decode" and device == "cpu":
+            decoder = Decoder(model) if Decoder.supports(model, batch) else None
+            return [lambda: next_logits(model, decoder, ids[:, 0], cache).argmax(-1)], state_dtype
         return [lambda: model(ids, cache, last_only=True).logits.argmax(-1)], state_dtype
 
     return build

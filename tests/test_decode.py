@@ -81,6 +81,52 @@ def test_options(device, options):
     torch.testing.assert_close(y, expected, rtol=0.02, atol=0.05)
 
 
+@pytest.mark.parametrize("dtype", [F32, BF16, F16])
+@pytest.mark.parametrize("state_dtype", [F32, BF16, F16])
+@pytest.mark.parametrize("scale_dtype", ["float32", "bfloat16", "float16"])
+def test_on_the_cpu_it_is_one_operator_after_another(dtype, state_dtype, scale_dtype):
+    for group, embedding, batch in [(128, "int8", 1), ("row", "float", 3), ("tensor", "int8", 8)]:
+        ternary = TernaryConfig(group_size=group, embedding=embedding, scale_dtype=scale_dtype)
+        ours = arguments(build(ternary, dtype, headdim=16), batch, state_dtype)
+        theirs = copied(ours)
+        y = torch.ops.ternary.decode(*ours)
+        assert torch.equal(y, reference.decode(*theirs, operators=torch.ops.ternary))
+        assert all(torch.equal(ours[i], theirs[i]) for i in STATES)
+
+
+def test_any_number_of_threads_gives_the_same():
+    args, threads, results = arguments(build(d_model=512), 5), torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3, 8):
+            torch.set_num_threads(count)
+            ours = copied(args)
+            results.append([torch.ops.ternary.decode(*ours), *(ours[i] for i in STATES)])
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for other in results for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("i", "change", "message"),
+    [
+        (0, lambda t: t.index_fill(0, torch.tensor([1]), 96), r"tokens\[1\] is 96, expected 0 to 95"),
+        (0, lambda t: t.index_fill(0, torch.tensor([2]), -1), r"tokens\[2\] is -1, expected 0 to 95"),
+        (3, lambda t: t.bfloat16(), "embedding must be BFloat16, not Float"),
+        (5, lambda t: t[..., :1], r"in_scales must be contiguous"),
+        (5, lambda t: t.repeat_interleave(64, 2), "equal and of a multiple of 4"),
+        (8, lambda t: t[:, :2].contiguous(), r"conv_state must be \[3, 3, 3, 768\], not \[3, 2, 3, 768\]"),
+        (12, lambda t: t.double(), "ssm_state must be Float, BFloat16 or Half"),
+    ],
+)
+def test_refusals(i, change, message):
+    args = arguments(build(), 3)
+    args[i] = change(args[i])
+    before = copied(args)
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.ternary.decode(*args)
+    assert all(torch.equal(args[j], before[j]) for j in STATES)
+
+
 @pytest.mark.parametrize("state_dtype", [F32, BF16])
 def test_opcheck(state_dtype):
     args = arguments(build(dtype=BF16), 2, state_dtype)
@@ -119,6 +165,24 @@ def test_decoder_is_the_layers_path(dtype, embedding):
             hidden = decoder(tokens, caches[1])
             assert torch.equal(model.logits(model.backbone.norm_f(hidden.to(dtype))), expected)
     assert torch.equal(caches[0].conv, caches[1].conv) and torch.equal(caches[0].ssm, caches[1].ssm)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_generate_on_the_cpu_runs_it(dtype, monkeypatch):
+    model, prompts = build(TernaryConfig(embedding="int8"), dtype), [[1, 2, 3], [80]]
+    calls, run = [], Decoder.__call__
+    monkeypatch.setattr(Decoder, "__call__", lambda *args: calls.append(0) or run(*args))
+    tokens = model.generate(prompts, 12)
+    assert len(calls) == 11
+    with torch.no_grad():
+        model.backbone.layers[0].mixer.A_log.add_(1)
+    changed = model.generate(prompts, 12)
+    monkeypatch.setattr(Decoder, "supports", lambda *_: False)
+    assert model.generate(prompts, 12) == changed
+    with torch.no_grad():
+        model.backbone.layers[0].mixer.A_log.sub_(1)
+    assert model.generate(prompts, 12) == tokens
+    assert len(calls) == 22
 
 
 def test_stacks_are_the_models_tensors():
@@ -211,6 +275,9 @@ def test_unsupported_models():
     assert not Decoder.supports(pack_(MambaLM(mamba1), TernaryConfig()), 1)
     model.backbone.layers[1].norm.to(BF16)
     assert not Decoder.supports(model, 1)  # layers of different dtypes
+    model = build(dtype=BF16)
+    model.backbone.embeddings.float()
+    assert not Decoder.supports(model, 1)  # a table unlike the layers
 
 
 # The kernel's plan

@@ -38,6 +38,8 @@ def model() -> MambaLM:
 class Fixed(torch.nn.Module):
     """A model whose logits [steps, b, 96] are given."""
 
+    ternary = None
+
     def __init__(self, logits, **config):
         super().__init__()
         self.logits, self.step, self.device = logits, -1, torch.device("cpu")

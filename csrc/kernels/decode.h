@@ -44,4 +44,30 @@ const char* decode_expects_sm90(const DecodeArgs& args);       // what they lack
 int64_t decode_workspace_sm90(const DecodeArgs& args);         // words of 4 bytes
 int decode_sm90(const DecodeArgs& args, CUstream_st* stream);  // returns a cudaError_t
 
+// On a CPU other operators' kernels run what is in a layer. These do what is between; work items are rows.
+
+struct EmbedArgs {
+  const int64_t* tokens;   // [b]
+  const void* table;       // [vocab, d], of `type`, or int8 where it has scales
+  const void* scale;       // [vocab] or null
+  void* u;                 // [b, d]
+  DType type, scale_type;  // of table and u; of scale
+  int64_t dim;
+};
+
+struct ResidualArgs {
+  float* x;            // [b, d]: the residual stream
+  void* u;             // [b, d]: what is added to x, then x as rounded to `type`, then RMSNorm of that
+  float* squares;      // [b, d]: of u before the norm
+  const float* sums;   // [b]: of the squares
+  const void* weight;  // [d]: the norm's
+  DType type;          // of u and weight
+  int64_t dim;
+  float eps;
+};
+
+void embed_cpu(const EmbedArgs& args, int64_t begin, int64_t end);
+void add_residual_cpu(const ResidualArgs& args, int64_t begin, int64_t end);
+void norm_residual_cpu(const ResidualArgs& args, int64_t begin, int64_t end);
+
 }  // namespace ternary

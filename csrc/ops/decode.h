@@ -18,6 +18,8 @@ inline PackedLayers check_layers(const Tensor& codes, const Tensor& scales, cons
                                  const Tensor& like, const std::string& name) {
   const std::string scales_name = name + "_scales", codes_name = name + "_codes";
   const int64_t layers = size[0], n = size[1], k = size[2];
+  STD_TORCH_CHECK(k % kWeightsPerByte == 0, codes_name, " must have rows of a multiple of 4 weights, not ",
+                  k);
   check_type(codes, ScalarType::Byte, codes_name.c_str());
   check_device(codes, like, codes_name.c_str());
   check_contiguous(codes, codes_name.c_str());
@@ -27,10 +29,10 @@ inline PackedLayers check_layers(const Tensor& codes, const Tensor& scales, cons
   check_dim(scales, 3, scales_name.c_str());
   const int64_t groups = scales.size(2);
   const bool one_scale = n != 1 && scales.size(1) == 1 && groups == 1;
-  STD_TORCH_CHECK(
-      scales.size(0) == layers && (scales.size(1) == n || one_scale) && groups > 0 && k % groups == 0,
-      scales_name, " must be [", layers, ", ", n, ", groups] or [", layers, ", 1, 1], groups a divisor of ",
-      k, ", not ", shape(scales));
+  STD_TORCH_CHECK(scales.size(0) == layers && (scales.size(1) == n || one_scale) && groups > 0 &&
+                      k % groups == 0 && k / groups % kWeightsPerByte == 0,
+                  scales_name, " must be [", layers, ", ", n, ", groups] or [", layers,
+                  ", 1, 1], the groups of ", k, " weights equal and of a multiple of 4, not ", shape(scales));
   return {k / groups, one_scale};
 }
 

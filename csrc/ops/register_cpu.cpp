@@ -1,8 +1,10 @@
 // Binds the operators' contracts to the CPU kernels.
 #include <algorithm>
+#include <type_traits>
 
 #include "kernels/cpu/isa.h"
 #include "ops/causal_conv1d.h"
+#include "ops/decode.h"
 #include "ops/gemm.h"
 #include "ops/norm.h"
 #include "ops/quantize.h"
@@ -66,6 +68,149 @@ static void run_add_rms_norm(const AddRmsNormArgs& args, const Tensor&) {
   parallel(add_rms_norm_cpu, args, args.rows, args.dim);
 }
 
+// Element i of an array of `type`, or null of none. Void: void or const void.
+template <class Void>
+static Void* at(Void* data, DType type, int64_t i) {
+  using Byte = std::conditional_t<std::is_const_v<Void>, const char, char>;
+  return data ? static_cast<Byte*>(data) + i * (type == DType::f32 ? 4 : 2) : nullptr;
+}
+
+// One kernel after another, each of which gives what its operator gives.
+static void run_decode(const DecodeArgs& a, const Tensor& workspace) {
+  const int64_t b = a.batch, d = a.d_model, h = a.heads, p = a.head_dim, n = a.state_size;
+  const int64_t e = h * p, c = e + 2 * n, r = e + c + h;
+  for (int64_t i = 0; i < b; ++i)
+    STD_TORCH_CHECK(a.tokens[i] >= 0 && a.tokens[i] < a.vocab, "tokens[", i, "] is ", a.tokens[i],
+                    ", expected 0 to ", a.vocab - 1);
+  const auto rows = [&](int64_t columns) {
+    return torch::stable::new_empty(workspace, {b, columns}, ScalarType::Float);  // room for any type
+  };
+  const Tensor squares = rows(d), buffers[] = {rows(d), rows(r), rows(c), rows(e)};
+  Tensor sums = torch::stable::new_empty(workspace, {b}, ScalarType::Float);
+  void* const u = buffers[0].mutable_data_ptr();       // [b, d]: what goes into a layer, what comes out
+  void* const zxBCdt = buffers[1].mutable_data_ptr();  // [b, r]
+  void* const xBC = buffers[2].mutable_data_ptr();     // [b, c]
+  void* const y = buffers[3].mutable_data_ptr();       // [b, e]
+
+  const EmbedArgs embed{.tokens = a.tokens,
+                        .table = a.embedding,
+                        .scale = a.embedding_scale,
+                        .u = u,
+                        .type = a.type,
+                        .scale_type = a.scale_type,
+                        .dim = d};
+  ResidualArgs residual{.x = a.hidden,
+                        .u = u,
+                        .squares = squares.mutable_data_ptr<float>(),
+                        .sums = sums.const_data_ptr<float>(),
+                        .weight = nullptr,
+                        .type = a.type,
+                        .dim = d,
+                        .eps = a.eps};
+  std::fill_n(a.hidden, b * d, 0.0f);
+  parallel(embed_cpu, embed, b, d);
+  for (int64_t i = 0; i < a.layers; ++i) {
+    parallel(add_residual_cpu, residual, b, d);
+    torch::stable::sum_out(sums, squares, std::vector<int64_t>{1});  // as in the layers, to the last bit
+    residual.weight = at(a.norm, a.type, i * d);
+    parallel(norm_residual_cpu, residual, b, d);
+    const int64_t in_scales = a.in_one_scale ? 1 : r * (d / a.in_group);  // of a layer
+    run_gemm({.x = u,
+              .codes = a.in_codes + i * r * (d / kWeightsPerByte),
+              .scales = at(a.in_scales, a.scale_type, i * in_scales),
+              .bias = nullptr,
+              .y = zxBCdt,
+              .type = a.type,
+              .scale_type = a.scale_type,
+              .bias_type = DType::f32,
+              .m = b,
+              .n = r,
+              .k = d,
+              .group = a.in_group,
+              .one_scale = a.in_one_scale},
+             workspace);
+    void* const conv_state = at(a.conv_state, a.type, i * b * 3 * c);
+    run_causal_conv1d({.x = at(zxBCdt, a.type, e),
+                       .weight = at(a.conv_weight, a.type, i * c * 4),
+                       .bias = at(a.conv_bias, a.type, i * c),
+                       .initial_state = conv_state,
+                       .cu_seqlens = nullptr,
+                       .y = xBC,
+                       .final_state = conv_state,
+                       .type = a.type,
+                       .weight_type = a.type,
+                       .state_type = a.type,
+                       .x_stride = r,
+                       .sequences = b,
+                       .length = 1,
+                       .channels = c,
+                       .width = 4,
+                       .silu = true},
+                      workspace);
+    void* const ssm_state = at(a.ssm_state, a.state_type, i * b * e * n);
+    run_ssd({.x = xBC,
+             .dt = at(zxBCdt, a.type, e + c),
+             .A = a.A + i * h,
+             .B = at(xBC, a.type, e),
+             .C = at(xBC, a.type, e + n),
+             .D = a.D + i * h,
+             .z = nullptr,
+             .dt_bias = a.dt_bias + i * h,
+             .initial_state = ssm_state,
+             .cu_seqlens = nullptr,
+             .y = y,
+             .final_state = ssm_state,
+             .type = a.type,
+             .state_type = a.state_type,
+             .x_stride = c,
+             .dt_stride = r,
+             .B_stride = c,
+             .C_stride = c,
+             .z_stride = 0,
+             .sequences = b,
+             .length = 1,
+             .heads = h,
+             .head_dim = p,
+             .groups = 1,
+             .state_size = n,
+             .D_size = 1,
+             .dt_min = a.dt_min,
+             .dt_max = a.dt_max,
+             .dt_softplus = true},
+            workspace);
+    run_rms_norm_gated({.y = y,
+                        .z = zxBCdt,
+                        .weight = at(a.gate_norm, a.type, i * e),
+                        .out = y,  // a row is read before it is written
+                        .type = a.type,
+                        .weight_type = a.type,
+                        .y_stride = e,
+                        .z_stride = r,
+                        .rows = b,
+                        .dim = e,
+                        .groups = 1,
+                        .eps = a.eps,
+                        .norm_before_gate = false},
+                       workspace);
+    const int64_t out_scales = a.out_one_scale ? 1 : d * (e / a.out_group);
+    run_gemm({.x = y,
+              .codes = a.out_codes + i * d * (e / kWeightsPerByte),
+              .scales = at(a.out_scales, a.scale_type, i * out_scales),
+              .bias = nullptr,
+              .y = u,
+              .type = a.type,
+              .scale_type = a.scale_type,
+              .bias_type = DType::f32,
+              .m = b,
+              .n = d,
+              .k = e,
+              .group = a.out_group,
+              .one_scale = a.out_one_scale},
+             workspace);
+  }
+  parallel(add_residual_cpu, residual, b, d);
+}
+
 }  // namespace ternary
 
 STABLE_TORCH_LIBRARY_IMPL(ternary, CPU, m) {
@@ -75,6 +220,7 @@ STABLE_TORCH_LIBRARY_IMPL(ternary, CPU, m) {
   m.impl("unpack", TORCH_BOX((&unpack<run_rows<UnpackArgs, unpack_cpu>>)));
   m.impl("dequantize", TORCH_BOX((&dequantize<run_rows<DequantizeArgs, dequantize_cpu>>)));
   m.impl("gemm", TORCH_BOX((&gemm<run_gemm, false>)));
+  m.impl("decode", TORCH_BOX(&decode<run_decode>));
   m.impl("causal_conv1d", TORCH_BOX(&causal_conv1d<run_causal_conv1d>));
   m.impl("causal_conv1d_update", TORCH_BOX(&causal_conv1d_update<run_causal_conv1d>));
   m.impl("selective_scan", TORCH_BOX(&selective_scan<run_selective_scan>));

@@ -29,6 +29,7 @@ _KINDS = {
     "out_codes": "mixer.out_proj.weight",
     "out_scales": "mixer.out_proj.weight_scale",
 }
+_CAST = ("norm", "conv_weight", "conv_bias", "gate_norm")  # kinds of the activations' dtype
 
 
 def decode_workspace(config: MambaConfig, batch: int, device: torch.device | str) -> Tensor:
@@ -42,7 +43,7 @@ def decode_workspace(config: MambaConfig, batch: int, device: torch.device | str
 
 
 def _planned(model: MambaLM, batch: int) -> bool:
-    """Whether the kernel of the model's device takes these sizes; the CPU runs other operators, for any."""
+    """Whether the kernel of the model's device takes these sizes; the CPU's takes any."""
     if model.device.type != "cuda":
         return True
     c, group = model.config, model.ternary.group_of
@@ -73,7 +74,7 @@ class Decoder:
         shape = (c.rms_norm, c.residual_in_fp32, c.ngroups, c.norm_groups, c.d_state, c.d_conv)
         options = (c["rmsnorm"], c["norm_before_gate"], c["D_has_hdim"], c["bias"])
         group, blocks = ternary.group_size, model.backbone.layers
-        on_cpu = model.device.type == "cpu"  # where other operators are called, which take fp32 too
+        on_cpu = model.device.type == "cpu"  # where the kernel takes fp32 too
         return (
             shape == (True, True, 1, 1, 128, 4)
             and options == (True, False, False, False)
@@ -88,6 +89,7 @@ class Decoder:
                 for linear in (b.mixer.in_proj, b.mixer.out_proj)
             )
             and all(_alike([_find(b, path) for b in blocks]) for path in _KINDS.values())
+            and _types_fit(model)
         )
 
     def refresh(self) -> None:
@@ -99,7 +101,7 @@ class Decoder:
     def update(self) -> None:
         """To be called when values may have changed in place."""
         with torch.no_grad():
-            torch.exp(self.stacks["A_log"], out=self.A).neg_()
+            self.A.copy_(-torch.exp(self.stacks["A_log"]))  # at once: another thread may be decoding
 
     def __call__(self, tokens: Tensor, cache: MambaCache) -> Tensor:
         """Updates the cache in place."""
@@ -124,6 +126,14 @@ class Decoder:
             self.A = torch.empty_like(self.stacks["A_log"])
         self.watch = Watch(self.backbone.layers)
         self.update()
+
+
+def next_logits(model: MambaLM, decoder: Decoder | None, tokens: Tensor, cache: MambaCache) -> Tensor:
+    """The logits [b, v] behind one more token of each sequence; without a Decoder by the layers."""
+    if decoder is None:
+        return model(tokens.unsqueeze(1), cache).logits[:, 0]
+    hidden = decoder(tokens, cache).to(model.dtype)
+    return model.logits(model.backbone.norm_f(hidden))
 
 
 class Watch:
@@ -152,6 +162,18 @@ def _find(block: nn.Module, path: str) -> Tensor | None:
     for name in path.split("."):
         value = getattr(value, name)
     return value
+
+
+def _types_fit(model: MambaLM) -> bool:
+    """Whether the tensors have the dtypes that the operator takes together."""
+    block, table = model.backbone.layers[0], model.backbone.embeddings
+    found = [_find(block, _KINDS[kind]) for kind in _CAST]
+    scales = [_find(block, _KINDS[kind]) for kind in ("in_scales", "out_scales")]
+    if isinstance(table, Int8Table):
+        scales.append(table.weight_scale)
+    else:
+        found.append(table.weight)
+    return {t.dtype for t in found if t is not None} == {model.dtype} and len({t.dtype for t in scales}) == 1
 
 
 def _alike(tensors: list[Tensor | None]) -> bool:

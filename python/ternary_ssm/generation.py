@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
 from numbers import Integral
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from . import graphs
+from .decoder import Decoder, next_logits
 from .sampling import Sampler, SamplingConfig, check
 
 if TYPE_CHECKING:
@@ -19,6 +22,9 @@ if TYPE_CHECKING:
 
 Prompts = Tensor | Sequence[Sequence[int]]  # [b, l], or rows of any lengths
 Steps = Iterator[list[int | None]]  # the tokens of each step
+
+_decoders: WeakKeyDictionary[MambaLM, Decoder] = WeakKeyDictionary()  # of models on the CPU
+_lock = threading.Lock()  # of that and of the stacking
 
 
 def generate(model: MambaLM, input_ids: Prompts, max_new_tokens: int, **sampling: Any) -> Prompts:
@@ -81,14 +87,32 @@ def _steps(
     cache = model.empty_cache(len(prompts))
     sampler = Sampler(config, len(prompts), model.config.vocab_size, model.device)
     sampler.start(prompts, config.seed)
-    logits = model(ids, cache, bounds, last_only=True).logits
+    decoder = _decoder(model, len(prompts))
+    logits = model(ids, cache, bounds, last_only=True).logits[:, 0]
     for step in range(count):
-        if step:
-            logits = model(ids, cache).logits  # ended rows go along: the batch keeps its shape
         sampler.draw(step)
-        tokens, finite = sampler(logits[:, 0], torch.tensor([step], device=model.device))
-        ids = tokens.unsqueeze(1)
+        tokens, finite = sampler(logits, torch.tensor([step], device=model.device))
         yield torch.where(finite, tokens, -1).tolist()
+        if step + 1 < count:  # ended rows go along: the batch keeps its shape
+            logits = next_logits(model, decoder, tokens, cache)
+
+
+def _decoder(model: MambaLM, batch: int) -> Decoder | None:
+    """What takes the steps of so many rows, kept for the next call; None: the layers do."""
+    if not Decoder.supports(model, batch):
+        return None
+    with _lock:
+        if model in _decoders:
+            _decoders[model].refresh()
+        else:
+            _decoders[model] = Decoder(model)
+        return _decoders[model]
+
+
+def release(model: MambaLM) -> None:
+    """Forgets what is kept for a model: it knows the tensors by their addresses."""
+    _decoders.pop(model, None)
+    graphs.release(model)
 
 
 class TextStreamer:

@@ -18,7 +18,7 @@ from weakref import WeakKeyDictionary, WeakValueDictionary
 import torch
 from torch import Tensor
 
-from .decoder import Decoder, Watch
+from .decoder import Decoder, Watch, next_logits
 from .ops import has_kernel
 from .sampling import Sampler, SamplingConfig, put
 
@@ -214,12 +214,7 @@ class Loop:
         return tokens, arrived
 
     def advance(self, model: MambaLM) -> None:
-        if self.decoder is None:
-            logits = model(self.tokens.unsqueeze(1), self.cache).logits[:, 0]
-        else:
-            hidden = self.decoder(self.tokens, self.cache).to(model.dtype)
-            logits = model.logits(model.backbone.norm_f(hidden))
-        self.choose(logits)
+        self.choose(next_logits(model, self.decoder, self.tokens, self.cache))
 
     def choose(self, logits: Tensor) -> None:
         tokens, finite = self.sampler(logits, self.step)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import checkpoints, generation, graphs
+from . import checkpoints, generation
 from .config import MambaConfig, TernaryConfig
 from .layers import Int8Table, Mamba, Mamba2, TernaryMamba, TernaryMamba2
 
@@ -153,7 +153,7 @@ class MambaLM(nn.Module):
         return MambaCache.empty(self.config, batch, self.device, self.dtype, state_dtype)
 
     def _apply(self, fn, recurse=True):
-        graphs.release(self)  # they know the tensors by their addresses
+        generation.release(self)
         return super()._apply(fn, recurse)
 
     def generate(

@@ -1,6 +1,7 @@
 // One entry a kernel, kernel_cpu: hands begin .. end to the copy for this CPU's instruction set.
 #include "kernels/causal_conv1d.h"
 #include "kernels/cpu/isa.h"
+#include "kernels/decode.h"
 #include "kernels/gemm.h"
 #include "kernels/norm.h"
 #include "kernels/quantize.h"
@@ -45,5 +46,8 @@ DISPATCH(selective_scan, SelectiveScanArgs)
 DISPATCH(ssd, SsdArgs)
 DISPATCH(rms_norm_gated, RmsNormGatedArgs)
 DISPATCH(add_rms_norm, AddRmsNormArgs)
+DISPATCH(embed, EmbedArgs)
+DISPATCH(add_residual, ResidualArgs)
+DISPATCH(norm_residual, ResidualArgs)
 
 }  // namespace ternary
