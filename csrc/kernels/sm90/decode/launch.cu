@@ -78,8 +78,10 @@ const char* decode_expects_sm90(const DecodeArgs& d) {
   if (d.type == DType::f32 || d.scale_type == DType::f32) return "activations and scales in 16 bits";
   if (d.in_group % sm90::Decode::kSpan || d.out_group % sm90::Decode::kSpan)
     return "groups of a multiple of 128 weights";
-  for (const void* p : {d.norm, d.gate_norm, d.in_scales, d.out_scales, static_cast<const void*>(d.in_codes),
-                        static_cast<const void*>(d.out_codes), static_cast<const void*>(d.ssm_state)})
+  const void* const tensors[] = {d.norm,       d.in_codes,  d.in_scales,  d.conv_weight, d.conv_bias,
+                                 d.conv_state, d.dt_bias,   d.A,          d.D,           d.ssm_state,
+                                 d.gate_norm,  d.out_codes, d.out_scales, d.workspace};
+  for (const void* p : tensors)
     if (!sm90::is_aligned(p)) return "tensors that start at multiples of 16 bytes";
   return sm90::step_args(d, sm90::count_sms()).plan.expected;
 }

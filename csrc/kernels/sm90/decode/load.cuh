@@ -128,11 +128,12 @@ class Loader {
   // fill L2's queues, and what the blocks exchange would wait behind them.
   __device__ void pace(int bytes) {
     int64_t now = clock64();
-    while (now < next_) {
+    while (static_cast<uint64_t>(now - last_) < wait_) {
       __nanosleep(32);
       now = clock64();
     }
-    next_ = now + bytes / Decode::kBytesPerClock;
+    last_ = now;
+    wait_ = bytes / Decode::kBytesPerClock;
   }
 
   __device__ static const uint8_t* bytes(const void* from) { return static_cast<const uint8_t*>(from); }
@@ -183,8 +184,11 @@ class Loader {
     uint8_t* to = in_.item();
     const uint8_t* codes = d_.in_codes + int64_t{layer} * a_.in_rows * row_bytes;
     const int skipped = work_.shared_tile >= 0 ? Decode::kTileRows : 0;
-    for (int row = lane_; row < skipped + 2 * of_z; row += 32) {
-      pace(32 * row_bytes);
+    const int rows = skipped + 2 * of_z;
+    for (int first = 0; first < rows; first += 32) {
+      pace(min(32, rows - first) * row_bytes);
+      const int row = first + lane_;
+      if (row >= rows) break;
       const int unit_row = row - skipped, in_tile = unit_row % Decode::kTileRows;
       int from = shared + row;
       if (unit_row >= 0)
@@ -222,8 +226,11 @@ class Loader {
     const int row_bytes = Config::kInner / 4, scale_bytes = a_.out_groups * 2;
     uint64_t* full = out_.begin(work_.outs * Decode::kTileRows * (row_bytes + scale_bytes));
     uint8_t* to = out_.item();
-    for (int row = lane_; row < work_.outs * Decode::kTileRows; row += 32) {
-      pace(16 * row_bytes);
+    const int rows = work_.outs * Decode::kTileRows;
+    for (int first = 0; first < rows; first += 32) {
+      pace(min(32, rows - first) * row_bytes);
+      const int row = first + lane_;
+      if (row >= rows) break;
       const int64_t from = int64_t{layer} * Config::kModel + out_row(row);
       copy_run_async(to + row * Config::kOutPitch, d_.out_codes + from * row_bytes, row_bytes, full);
     }
@@ -246,7 +253,8 @@ class Loader {
   const Work work_;
   const int lane_;
   QueueEnd params_, in_, states_, out_;
-  int64_t next_ = 0;  // when more bytes may go
+  int64_t last_ = 0;   // when bytes last went
+  uint64_t wait_ = 0;  // clocks from then until more may go
 };
 
 }  // namespace ternary::sm90

@@ -11,6 +11,7 @@
 // channel or row is read before it waits for others, and sizes are compiled in.
 #pragma once
 
+#include "kernels/sm90/common/math.cuh"
 #include "kernels/sm90/common/types.cuh"
 #include "kernels/sm90/decode/load.cuh"
 #include "kernels/sm90/decode/product.cuh"
@@ -19,8 +20,6 @@ namespace ternary::sm90 {
 
 // Known to be the same in all lanes, so that branches on it keep the warp together.
 __device__ inline int warp_index() { return __shfl_sync(~0u, threadIdx.x / 32, 0); }
-
-__device__ inline float silu(float v) { return __fdividef(v, 1 + __expf(-v)); }
 
 // A bf16 or fp16 from its bits, and back.
 __device__ inline float widen(uint32_t bits, bool is_half) {
@@ -236,7 +235,7 @@ class Step {
   }
   // The channel's new value.
   __device__ float convolve(const Convolution& c, float older, float x) const {
-    return silu(older + widen(weight(c, 3), is_half_) * x);
+    return silu_fast(older + widen(weight(c, 3), is_half_) * x);
   }
   // Its inputs move up by one.
   __device__ void shift(const Convolution& c, int layer, int b, float x) const {
@@ -352,7 +351,7 @@ class Step {
       const float value = v[0] * factor(v[1], Config::kModel);
       const float mixed = convolve(c, v[2], value);
       float dt = value + dt_bias;
-      dt = dt > 20 ? dt : __logf(1 + __expf(dt));
+      dt = softplus_fast(dt);
       dt = fminf(fmaxf(dt, d_.dt_min), d_.dt_max);
       const float decay = __expf(fminf(dt * A, 0));
       if (head < 0 && sixteenth_ == 0)
@@ -402,7 +401,8 @@ class Step {
         float4 h[2];
         const float y = advance(h, states, local, b, x[b]);
         if (has_channel_ && sixteenth_ == 0)
-          send(here.y + b * Config::kInner + place(channel_), (y + skip * x[b]) * silu(z[b]), here.epoch);
+          send(here.y + b * Config::kInner + place(channel_), (y + skip * x[b]) * silu_fast(z[b]),
+               here.epoch);
         __syncwarp();
         if (has_channel_) {  // behind y, which others wait for
           store_state(h, layer, b);
