@@ -11,76 +11,16 @@
 // channel or row is read before it waits for others, and sizes are compiled in.
 #pragma once
 
-#include "kernels/sm90/common/math.cuh"
-#include "kernels/sm90/common/types.cuh"
-#include "kernels/sm90/decode/load.cuh"
-#include "kernels/sm90/decode/product.cuh"
+#include "kernels/sm90/decode/worker.cuh"
 
 namespace ternary::sm90 {
 
-// Known to be the same in all lanes, so that branches on it keep the warp together.
-__device__ inline int warp_index() { return __shfl_sync(~0u, threadIdx.x / 32, 0); }
-
-// A bf16 or fp16 from its bits, and back.
-__device__ inline float widen(uint32_t bits, bool is_half) {
-  return is_half ? __half2float(__ushort_as_half(static_cast<uint16_t>(bits))) : __uint_as_float(bits << 16);
-}
-__device__ inline uint32_t narrow(float v, bool is_half) {
-  return is_half ? __half_as_ushort(__float2half_rn(v)) : __bfloat16_as_ushort(__float2bfloat16_rn(v));
-}
-
-__device__ inline float4 operator*(float4 a, float4 b) {
-  return {a.x * b.x, a.y * b.y, a.z * b.z, a.w * b.w};
-}
-__device__ inline float dot(float4 a, float4 b) { return a.x * b.x + a.y * b.y + a.z * b.z + a.w * b.w; }
-
-// Sums over neighbouring lanes, several side by side.
-template <int kLanes, int n>
-__device__ void lane_sums(float (&v)[n]) {
-#pragma unroll
-  for (int lanes = kLanes / 2; lanes; lanes /= 2)
-#pragma unroll
-    for (int i = 0; i < n; ++i) v[i] += __shfl_xor_sync(~0u, v[i], lanes);
-}
-
-// B, C and the steps have arrived.
 template <class Config>
-__device__ void sync_received() {
-  __syncwarp();
-  sync_threads(2, 32 * (Config::kWarps + 1));
-}
+class Step : Worker<Config> {
+  using Base = Worker<Config>;
 
-template <class Config>
-class Step {
  public:
-  __device__ explicit Step(const StepArgs& a)
-      : a_(a),
-        d_(a.d),
-        p_(a.plan),
-        work_(a),
-        warp_(warp_index()),
-        lane_(threadIdx.x % 32),
-        half_(lane_ / 16),
-        sixteenth_(lane_ % 16),
-        is_half_(a.d.type == DType::f16),
-        half_scales_(a.d.scale_type == DType::f16),
-        params_(p_, 0, p_.params),
-        in_(p_, 1, p_.in),
-        states_(p_, 2, p_.states),
-        out_(p_, 3, p_.out) {
-    own_ = 2 * warp_ + half_;
-    has_channel_ = own_ < work_.units.count * Decode::kUnit;
-    channel_ = work_.units.first * Decode::kUnit + (has_channel_ ? own_ : 0);
-    first_head_ = work_.units.first * Decode::kUnit / d_.head_dim;
-    head_ = channel_ / d_.head_dim - first_head_;
-    for (int i = 0; i < kRounds; ++i) {
-      const int column = (sixteenth_ + 16 * i) * Decode::kSpan;
-      in_group_[i] = a.in_groups ? min(column / d_.in_group, a.in_groups - 1) : 0;
-      for (int part = 0; part < Decode::kExpand; ++part)
-        out_group_[part][i] =
-            a.out_groups ? min((part * Config::kModel + column) / d_.out_group, a.out_groups - 1) : 0;
-    }
-  }
+  using Base::Base;
 
   __device__ void run() {
     const uint32_t done = *a_.exchange.counter;
@@ -100,168 +40,23 @@ class Step {
   }
 
  private:
-  static constexpr int kBatch = Config::kBatch;
-  static constexpr bool kEarly = kBatch <= Decode::kFewRows;  // there are registers for sums made ahead
-  static constexpr int kRounds = (Config::kSpans + 15) / 16;  // of a half warp over the spans
-  using X = SpanOfX<kBatch>;
-
-  // The convolution of a half warp's channel: `channel` of `channels` whose parameters lie at these places,
-  // `row` of all. Lane i < 3 has input i, the oldest first; lane 3 the bias.
-  struct Convolution {
-    int weight, bias, inputs, channel, channels, row;
-  };
-
-  template <class T>
-  __device__ T* shared(int offset) const {
-    return reinterpret_cast<T*>(shared_memory() + offset);
-  }
-  // A parameter of the layer, see ParamsPlan.
-  template <class T>
-  __device__ const T* param(int at) const {
-    return reinterpret_cast<const T*>(params_.item() + at);
-  }
-  __device__ uint8_t* staging() const {
-    return shared_memory() + p_.staging + warp_ * Config::kStagedSpans * kBatch * 2 * Decode::kSpan;
-  }
-  __device__ bool has_span() const { return Config::kWarps == Config::kSpans || warp_ < Config::kSpans; }
-  __device__ void sync() const {
-    __syncwarp();  // a warp that is apart would count more than once
-    sync_threads(1, Config::kWarps * 32);
-  }
+  using Base::a_, Base::d_, Base::p_, Base::work_, Base::warp_, Base::lane_, Base::half_, Base::sixteenth_;
+  using Base::channel_, Base::first_head_, Base::head_, Base::has_channel_, Base::in_group_, Base::out_group_;
+  using Base::in_scales, Base::in_sums, Base::out_sums, Base::shared_row;
+  using Base::is_half_, Base::half_scales_, Base::params_, Base::in_, Base::states_, Base::out_, Base::own_;
+  using Base::kBatch, Base::kEarly, Base::staging, Base::has_span, Base::sync;
+  using Base::one_scale_, Base::older_;
+  using Base::out_row, Base::embedding, Base::column, Base::weights, Base::squares, Base::factor, Base::total;
+  using Base::put, Base::put_stats, Base::own_convolution, Base::convolve_older, Base::convolve, Base::shift;
+  using typename Base::Convolution, typename Base::X;
 
   // The residual stream starts as the tokens' embedding.
   __device__ void begin() {
     for (int i = threadIdx.x; i < work_.outs * Decode::kTileRows * kBatch; i += Config::kWarps * 32)
-      if (i % kBatch < d_.batch) shared<float>(p_.residual)[i] = embedding(i % kBatch, out_row(i / kBatch));
+      if (i % kBatch < d_.batch)
+        this->template shared<float>(p_.residual)[i] = embedding(i % kBatch, out_row(i / kBatch));
     __syncwarp();
   }
-
-  __device__ int out_row(int row) const {
-    const int tile = work_.first_out + row / Decode::kTileRows * static_cast<int>(gridDim.x);
-    return tile * Decode::kTileRows + row % Decode::kTileRows;
-  }
-
-  __device__ float embedding(int sequence, int column) const {
-    const int64_t token = d_.tokens[sequence];
-    if (token < 0 || token >= d_.vocab) return __int_as_float(0x7FC00000);
-    const int64_t at = token * Config::kModel + column;
-    if (d_.embedding_scale)
-      return static_cast<const int8_t*>(d_.embedding)[at] *
-             widen(static_cast<const uint16_t*>(d_.embedding_scale)[token], half_scales_);
-    return widen(static_cast<const uint16_t*>(d_.embedding)[at], is_half_);
-  }
-
-  // A lane's first column of the warp's span; the others are 4, 8 and 12 further.
-  __device__ int column() const { return warp_ * Decode::kSpan + lane_ / 4 * 16 + lane_ % 4; }
-
-  // A norm's weights of a lane's columns.
-  __device__ float4 weights(int at) const {
-    const uint16_t* bits = param<uint16_t>(at) + column();
-    return {widen(bits[0], is_half_), widen(bits[4], is_half_), widen(bits[8], is_half_),
-            widen(bits[12], is_half_)};
-  }
-
-  // The warps' sums of squares, not yet summed over the lanes of a half warp; then 1 / rms.
-  __device__ float squares(int stats, int sequence) const {
-    float v = 0;
-#pragma unroll
-    for (int i = 0; i < kRounds; ++i) {
-      const int span = sixteenth_ + 16 * i;
-      if (span < Config::kSpans) v += shared<float>(stats)[span * kBatch + sequence];
-    }
-    return v;
-  }
-  __device__ float factor(float squares, int columns) const {
-    return rsqrtf(squares * (1.f / columns) + d_.eps);
-  }
-
-  // The sum over the spans of one row's integers, with their scales, not yet over the lanes of a half warp.
-  // stats: scales of the spans of x. scales: of the row, or null: one.
-  __device__ float total(const int32_t* sums, const float* stats, const uint16_t* scales, float one_scale,
-                         const int (&groups)[kRounds], int sequence) const {
-    float v = 0;
-#pragma unroll
-    for (int i = 0; i < kRounds; ++i) {
-      const int span = sixteenth_ + 16 * i;
-      const float scale = scales ? widen(scales[groups[i]], half_scales_) : one_scale;
-      if (span < Config::kSpans)
-        v += static_cast<float>(sums[span * kBatch + sequence]) * (scale * stats[span * kBatch + sequence]);
-    }
-    return v;
-  }
-
-  // A warp's sums of a tile, for the others to see. sums: of the tile's first row and the warp's span.
-  __device__ void put(int32_t* sums, int pitch, const int32_t (&tile)[X::kTiles][2]) const {
-#pragma unroll
-    for (int i = 0; i < X::kTiles; ++i) {
-      const int sequence = i * 4 + lane_ % 4;
-      if (sequence < kBatch) {
-        sums[lane_ / 4 * pitch + sequence] = tile[i][0];
-        sums[(lane_ / 4 + 8) * pitch + sequence] = tile[i][1];
-      }
-    }
-  }
-
-  // What the others need to know of the warp's spans.
-  template <int n>
-  __device__ void put_stats(int stats, float (&squares)[kBatch], const float (&scales)[n]) const {
-    lane_sums<32>(squares);
-#pragma unroll
-    for (int b = 0; b < kBatch; ++b) {
-      if (lane_ == 0) {
-        shared<float>(stats)[warp_ * kBatch + b] = squares[b];
-#pragma unroll
-        for (int i = 0; i < n / kBatch; ++i)
-          shared<float>(stats)[((i + 1) * Config::kWarps + warp_) * kBatch + b] = scales[i * kBatch + b];
-      }
-    }
-    __syncwarp();
-  }
-
-  __device__ Convolution own_convolution() const {
-    return {.weight = p_.at.weight,
-            .bias = p_.at.bias,
-            .inputs = p_.at.inputs,
-            .channel = has_channel_ ? own_ : 0,
-            .channels = work_.units.count * Decode::kUnit,
-            .row = channel_};
-  }
-  // A lane's part of the sum, without the newest input.
-  __device__ float convolve_older(const Convolution& c, int b) const {
-    float v = 0;
-    if (sixteenth_ < 3) v = widen(weight(c, sixteenth_), is_half_) * widen(input(c, b, sixteenth_), is_half_);
-    if (sixteenth_ == 3 && d_.conv_bias) v = widen(param<uint16_t>(c.bias)[c.channel], is_half_);
-    return v;
-  }
-  // The channel's new value.
-  __device__ float convolve(const Convolution& c, float older, float x) const {
-    return silu_fast(older + widen(weight(c, 3), is_half_) * x);
-  }
-  // Its inputs move up by one.
-  __device__ void shift(const Convolution& c, int layer, int b, float x) const {
-    if (sixteenth_ < 3)
-      static_cast<uint16_t*>(
-          d_.conv_state)[((int64_t{layer} * d_.batch + b) * 3 + sixteenth_) * Config::kChannels + c.row] =
-          static_cast<uint16_t>(sixteenth_ < 2 ? input(c, b, sixteenth_ + 1) : narrow(x, is_half_));
-  }
-  __device__ uint32_t weight(const Convolution& c, int i) const {
-    return param<uint16_t>(c.weight)[c.channel * Decode::kConvWidth + i];
-  }
-  __device__ uint32_t input(const Convolution& c, int b, int i) const {
-    return param<uint16_t>(c.inputs)[(b * 3 + i) * c.channels + c.channel];
-  }
-
-  // The rows' scales of in_proj: of z, of x, of B, C and dt. Null: one for the matrix.
-  __device__ const uint16_t* in_scales(int row) const {
-    if (!a_.in_groups) return nullptr;
-    return reinterpret_cast<const uint16_t*>(in_.item() + p_.in_rows * Config::kInPitch) + row * a_.in_groups;
-  }
-  __device__ int32_t* in_sums(int row) const {
-    return shared<int32_t>(p_.in_sums) + row * Config::kSumsPitch;
-  }
-
-  // The half warp's row of B, C or dt, behind those of z and x.
-  __device__ int shared_row() const { return work_.shared_tile * Decode::kTileRows + own_; }
 
   __device__ void project_in(int layer, const Region& here, const Region& last) {
     if constexpr (kEarly) {
@@ -333,7 +128,7 @@ class Step {
   __device__ void send_shared(int layer, const Region& here) const {
     const int index = shared_row(), head = index - 2 * Decode::kStateSize;
     const uint16_t* scales = in_scales(2 * work_.units.count * Decode::kUnit + own_);
-    const float* stats = shared<float>(p_.x_stats) + Config::kWarps * kBatch;
+    const float* stats = this->template shared<float>(p_.x_stats) + Config::kWarps * kBatch;
     const Convolution c = {.weight = p_.at.shared_weight,
                            .bias = p_.at.shared_bias,
                            .inputs = p_.at.shared_inputs,
@@ -341,7 +136,8 @@ class Step {
                            .channels = Decode::kTileRows,
                            .row = Config::kInner + index};
     const int at = min(max(head, 0), d_.heads - 1);
-    const float dt_bias = param<float>(p_.at.dt_bias)[at], A = param<float>(p_.at.A)[at];
+    const float dt_bias = this->template param<float>(p_.at.dt_bias)[at],
+                A = this->template param<float>(p_.at.A)[at];
 #pragma unroll
     for (int b = 0; b < kBatch; ++b) {
       if (b >= d_.batch) break;
@@ -371,7 +167,7 @@ class Step {
     const bool works = 2 * warp_ < work_.units.count * Decode::kUnit;
     const int local = has_channel_ ? own_ : 0;
     const int row = (local / Decode::kUnit + 1) * Decode::kTileRows + local % Decode::kUnit;
-    const float* stats = shared<float>(p_.x_stats) + Config::kWarps * kBatch;
+    const float* stats = this->template shared<float>(p_.x_stats) + Config::kWarps * kBatch;
     const uint16_t* z_scales = in_scales(local);
     const uint16_t* x_scales = in_scales(work_.units.count * Decode::kUnit + local);
     const Convolution c = own_convolution();
@@ -391,7 +187,7 @@ class Step {
         newest[b] = v[1] * scale;
       }
     }
-    const float skip = param<float>(p_.at.D)[first_head_ + head_];
+    const float skip = this->template param<float>(p_.at.D)[first_head_ + head_];
     sync_received<Config>();
 #pragma unroll
     for (int b = 0; b < kBatch; ++b) {
@@ -416,8 +212,8 @@ class Step {
   // One channel's state: h = decay h + dt x B, this lane's columns and those 64 further; returns h C.
   __device__ float advance(float4 (&h)[2], const uint8_t* states, int local, int b, float x) const {
     const int from = local * Decode::kStateSize + 4 * sixteenth_;
-    const float2 step = shared<float2>(p_.steps)[b * Decode::kMaxHeads + head_];
-    const float4* in = shared<float4>(p_.shared) + b * (Decode::kStateSize / 2) + sixteenth_;
+    const float2 step = this->template shared<float2>(p_.steps)[b * Decode::kMaxHeads + head_];
+    const float4* in = this->template shared<float4>(p_.shared) + b * (Decode::kStateSize / 2) + sixteenth_;
     const float decay = step.y, input = step.x * x;
     float y[1] = {};
 #pragma unroll
@@ -457,10 +253,6 @@ class Step {
     }
   }
 
-  __device__ int32_t* out_sums(int row, int part) const {
-    return shared<int32_t>(p_.out_sums) + (row * Decode::kExpand + part) * Config::kSumsPitch;
-  }
-
   __device__ void project_out(int layer, const Region& here) {
     if (!work_.outs) return;
     float one_scale = 0;
@@ -482,7 +274,7 @@ class Step {
       }
     }
     sync();
-    const float* stats = shared<float>(p_.y_stats) + Config::kWarps * kBatch;
+    const float* stats = this->template shared<float>(p_.y_stats) + Config::kWarps * kBatch;
     for (int pair = warp_; 2 * pair < work_.outs * Decode::kTileRows; pair += Config::kWarps) {
       const int row = 2 * pair + half_;
       const uint16_t* scales = nullptr;
@@ -499,7 +291,7 @@ class Step {
                         out_group_[part], b);
         lane_sums<16>(v);
         if (sixteenth_ == 0) {
-          float& residual = shared<float>(p_.residual)[row * kBatch + b];
+          float& residual = this->template shared<float>(p_.residual)[row * kBatch + b];
           residual += v[0] * factor(v[1], Config::kInner);
           const int column = out_row(row);
           send(here.x + b * Config::kModel + place(column), residual, here.epoch);
@@ -541,22 +333,7 @@ class Step {
     }
     put_stats(p_.y_stats, squares, scales);
   }
-
-  const StepArgs& a_;
-  const DecodeArgs& d_;
-  const DecodePlan& p_;
-  const Work work_;
-  const int warp_, lane_, half_, sixteenth_;  // of the half warp
-  const bool is_half_, half_scales_;
-  QueueEnd params_, in_, states_, out_;
-  int own_, channel_;      // the half warp's channel, counted in the block and in all
-  int first_head_, head_;  // of the block; of the channel, from there
-  bool has_channel_;
-  int in_group_[kRounds], out_group_[Decode::kExpand][kRounds];  // of the scales, of a lane's spans
-  float one_scale_ = 0;
-  float older_[kBatch];  // of the channel's convolution, without the newest input
 };
-
 // The warp that waits for B, C and the steps of the block's heads and puts them in shared memory:
 // [b][2][kStateSize], and [b][heads] (dt, decay).
 template <class Config>
