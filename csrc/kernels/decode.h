@@ -40,9 +40,12 @@ struct DecodeArgs {
   float eps, dt_min, dt_max;  // dt_max infinity: no limit
 };
 
-const char* decode_expects_sm90(const DecodeArgs& args);       // what they lack for decode_sm90, or null
-int64_t decode_workspace_sm90(const DecodeArgs& args);         // words of 4 bytes
-int decode_sm90(const DecodeArgs& args, CUstream_st* stream);  // returns a cudaError_t
+namespace sm90 {
+struct DecodePlan;
+}
+// Both return a cudaError_t. decode_sm90 takes a plan that expects nothing.
+int plan_decode_sm90(const DecodeArgs& args, sm90::DecodePlan* plan);
+int decode_sm90(const DecodeArgs& args, const sm90::DecodePlan& plan, CUstream_st* stream);
 
 // On a CPU other operators' kernels run what is in a layer. These do what is between; work items are rows.
 

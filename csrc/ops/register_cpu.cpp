@@ -107,6 +107,25 @@ static void run_decode(const DecodeArgs& a, const Tensor& workspace) {
                         .type = a.type,
                         .dim = d,
                         .eps = a.eps};
+  // to [b, columns] = from [b, k] times the weight of a layer [columns, k].
+  const auto project = [&](const void* from, void* to, const uint8_t* codes, const void* scales,
+                           int64_t layer, int64_t columns, int64_t k, int64_t group, bool one_scale) {
+    const int64_t scales_of_layer = one_scale ? 1 : columns * (k / group);
+    run_gemm({.x = from,
+              .codes = codes + layer * columns * (k / kWeightsPerByte),
+              .scales = at(scales, a.scale_type, layer * scales_of_layer),
+              .bias = nullptr,
+              .y = to,
+              .type = a.type,
+              .scale_type = a.scale_type,
+              .bias_type = DType::f32,
+              .m = b,
+              .n = columns,
+              .k = k,
+              .group = group,
+              .one_scale = one_scale},
+             workspace);
+  };
   std::fill_n(a.hidden, b * d, 0.0f);
   parallel(embed_cpu, embed, b, d);
   for (int64_t i = 0; i < a.layers; ++i) {
@@ -114,21 +133,7 @@ static void run_decode(const DecodeArgs& a, const Tensor& workspace) {
     torch::stable::sum_out(sums, squares, std::vector<int64_t>{1});  // as in the layers, to the last bit
     residual.weight = at(a.norm, a.type, i * d);
     parallel(norm_residual_cpu, residual, b, d);
-    const int64_t in_scales = a.in_one_scale ? 1 : r * (d / a.in_group);  // of a layer
-    run_gemm({.x = u,
-              .codes = a.in_codes + i * r * (d / kWeightsPerByte),
-              .scales = at(a.in_scales, a.scale_type, i * in_scales),
-              .bias = nullptr,
-              .y = zxBCdt,
-              .type = a.type,
-              .scale_type = a.scale_type,
-              .bias_type = DType::f32,
-              .m = b,
-              .n = r,
-              .k = d,
-              .group = a.in_group,
-              .one_scale = a.in_one_scale},
-             workspace);
+    project(u, zxBCdt, a.in_codes, a.in_scales, i, r, d, a.in_group, a.in_one_scale);
     void* const conv_state = at(a.conv_state, a.type, i * b * 3 * c);
     run_causal_conv1d({.x = at(zxBCdt, a.type, e),
                        .weight = at(a.conv_weight, a.type, i * c * 4),
@@ -192,21 +197,7 @@ static void run_decode(const DecodeArgs& a, const Tensor& workspace) {
                         .eps = a.eps,
                         .norm_before_gate = false},
                        workspace);
-    const int64_t out_scales = a.out_one_scale ? 1 : d * (e / a.out_group);
-    run_gemm({.x = y,
-              .codes = a.out_codes + i * d * (e / kWeightsPerByte),
-              .scales = at(a.out_scales, a.scale_type, i * out_scales),
-              .bias = nullptr,
-              .y = u,
-              .type = a.type,
-              .scale_type = a.scale_type,
-              .bias_type = DType::f32,
-              .m = b,
-              .n = d,
-              .k = e,
-              .group = a.out_group,
-              .one_scale = a.out_one_scale},
-             workspace);
+    project(y, u, a.out_codes, a.out_scales, i, d, e, a.out_group, a.out_one_scale);
   }
   parallel(add_residual_cpu, residual, b, d);
 }

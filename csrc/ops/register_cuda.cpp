@@ -2,6 +2,7 @@
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/macros.h>
 
+#include "kernels/sm90/decode/select.h"
 #include "kernels/sm90/gemm/select.h"
 #include "ops/causal_conv1d.h"
 #include "ops/decode.h"
@@ -51,13 +52,14 @@ static void run_gemm(const GemmArgs& args, const Tensor& y) {
 
 static void run_decode(const DecodeArgs& args, const Tensor& workspace) {
   const torch::stable::accelerator::DeviceGuard guard(workspace.get_device_index());
-  const char* expected = decode_expects_sm90(args);
-  STD_TORCH_CHECK(!expected, "decode on this device serves ", expected, "; found batch ", args.batch,
-                  ", d_model ", args.d_model, ", heads ", args.heads, " of ", args.head_dim, ", state size ",
-                  args.state_size, ", groups ", args.in_group, " and ", args.out_group);
-  const int64_t words = decode_workspace_sm90(args);
-  STD_TORCH_CHECK(workspace.numel() == words, "workspace must be [", words, "], not ", shape(workspace));
-  run<DecodeArgs, decode_sm90>(args, workspace);
+  sm90::DecodePlan plan;
+  STD_CUDA_CHECK(cudaError_t(plan_decode_sm90(args, &plan)));
+  STD_TORCH_CHECK(!plan.expected, "decode on this device serves ", plan.expected, "; found batch ",
+                  args.batch, ", d_model ", args.d_model, ", heads ", args.heads, " of ", args.head_dim,
+                  ", state size ", args.state_size, ", groups ", args.in_group, " and ", args.out_group);
+  STD_TORCH_CHECK(workspace.numel() == plan.workspace, "workspace must be [", plan.workspace, "], not ",
+                  shape(workspace));
+  STD_CUDA_CHECK(cudaError_t(decode_sm90(args, plan, current_stream(workspace))));
 }
 
 }  // namespace ternary

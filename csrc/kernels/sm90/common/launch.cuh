@@ -4,6 +4,13 @@
 
 namespace ternary::sm90 {
 
+// Multiprocessors of the current device.
+inline cudaError_t count_sms(int* sms) {
+  int device = 0;
+  const cudaError_t error = cudaGetDevice(&device);
+  return error == cudaSuccess ? cudaDeviceGetAttribute(sms, cudaDevAttrMultiProcessorCount, device) : error;
+}
+
 // Launches a kernel that may start beside the one before it: it must call wait_for_prerequisites() before it
 // reads what kernels wrote, parameters of the model apart, and before it writes anything.
 template <class Args>

@@ -22,13 +22,15 @@ struct Region {
 __device__ inline int place(int i) { return (i & ~15) | (i & 3) << 2 | (i >> 2 & 3); }
 
 struct ExchangeArgs {
-  uint32_t* counter;  // layers done since the workspace was new
+  static constexpr int kHeader = 4;  // words of the workspace before the regions
+  uint32_t* counter;                 // layers done since the workspace was new
   uint32_t* words;
   int batch, d_model, heads, d_inner;
 
   __host__ __device__ int region_words() const {
     return batch * (d_model + 2 * Decode::kStateSize + 4 * heads + d_inner);
   }
+  int64_t words_in_all() const { return kHeader + int64_t{Decode::kRegions} * region_words(); }
   __device__ Region region(uint32_t use) const {
     uint32_t* x = words + use % Decode::kRegions * region_words();
     uint32_t* shared = x + batch * d_model;

@@ -1,5 +1,6 @@
 #include <cuda_runtime.h>
 
+#include "kernels/sm90/common/launch.cuh"
 #include "kernels/sm90/decode/step.cuh"
 
 namespace ternary {
@@ -7,24 +8,17 @@ namespace sm90 {
 
 static int groups_of_row(bool one_scale, int columns, int group) { return one_scale ? 0 : columns / group; }
 
-static StepArgs step_args(const DecodeArgs& d, int sms) {
+// All but the plan.
+static StepArgs step_args(const DecodeArgs& d) {
   StepArgs a = {.d = d};
   const int d_inner = d.heads * d.head_dim;
   a.in_rows = 2 * d_inner + 2 * d.state_size + d.heads;
   a.in_groups = groups_of_row(d.in_one_scale, d.d_model, d.in_group);
   a.out_groups = groups_of_row(d.out_one_scale, d_inner, d.out_group);
   a.state_bytes = size_of(d.state_type);
-  a.plan = plan_decode({.batch = d.batch,
-                        .d_model = d.d_model,
-                        .heads = d.heads,
-                        .head_dim = d.head_dim,
-                        .in_groups = a.in_groups,
-                        .out_groups = a.out_groups,
-                        .state_bytes = a.state_bytes},
-                       sms);
   uint32_t* words = static_cast<uint32_t*>(d.workspace);
   a.exchange = {.counter = words,
-                .words = words + 4,
+                .words = words + ExchangeArgs::kHeader,
                 .batch = d.batch,
                 .d_model = d.d_model,
                 .heads = d.heads,
@@ -32,12 +26,17 @@ static StepArgs step_args(const DecodeArgs& d, int sms) {
   return a;
 }
 
-// Multiprocessors of the current device.
-static int count_sms() {
-  int device = 0, sms = 0;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device);
-  return sms;
+// What the tensors lack, sizes apart.
+static const char* expected_of(const DecodeArgs& d) {
+  if (d.state_size != Decode::kStateSize) return "a state size of 128";
+  if (d.type == DType::f32 || d.scale_type == DType::f32) return "activations and scales in 16 bits";
+  if (d.in_group % Decode::kSpan || d.out_group % Decode::kSpan) return "groups of a multiple of 128 weights";
+  const void* const tensors[] = {d.norm,       d.in_codes,  d.in_scales,  d.conv_weight, d.conv_bias,
+                                 d.conv_state, d.dt_bias,   d.A,          d.D,           d.ssm_state,
+                                 d.gate_norm,  d.out_codes, d.out_scales, d.workspace};
+  for (const void* p : tensors)
+    if (!is_aligned(p)) return "tensors that start at multiples of 16 bytes";
+  return nullptr;
 }
 
 template <class Config>
@@ -73,26 +72,28 @@ static cudaError_t launch_of(const StepArgs& a, cudaStream_t stream) {
 
 }  // namespace sm90
 
-const char* decode_expects_sm90(const DecodeArgs& d) {
-  if (d.state_size != sm90::Decode::kStateSize) return "a state size of 128";
-  if (d.type == DType::f32 || d.scale_type == DType::f32) return "activations and scales in 16 bits";
-  if (d.in_group % sm90::Decode::kSpan || d.out_group % sm90::Decode::kSpan)
-    return "groups of a multiple of 128 weights";
-  const void* const tensors[] = {d.norm,       d.in_codes,  d.in_scales,  d.conv_weight, d.conv_bias,
-                                 d.conv_state, d.dt_bias,   d.A,          d.D,           d.ssm_state,
-                                 d.gate_norm,  d.out_codes, d.out_scales, d.workspace};
-  for (const void* p : tensors)
-    if (!sm90::is_aligned(p)) return "tensors that start at multiples of 16 bytes";
-  return sm90::step_args(d, sm90::count_sms()).plan.expected;
+int plan_decode_sm90(const DecodeArgs& d, sm90::DecodePlan* plan) {
+  *plan = {};
+  plan->expected = sm90::expected_of(d);
+  int sms = 0;
+  const cudaError_t error = sm90::count_sms(&sms);
+  if (plan->expected || error != cudaSuccess) return error;
+  const sm90::StepArgs a = sm90::step_args(d);
+  *plan = sm90::plan_decode({.batch = d.batch,
+                             .d_model = d.d_model,
+                             .heads = d.heads,
+                             .head_dim = d.head_dim,
+                             .in_groups = a.in_groups,
+                             .out_groups = a.out_groups,
+                             .state_bytes = a.state_bytes},
+                            sms);
+  plan->workspace = a.exchange.words_in_all();
+  return cudaSuccess;
 }
 
-int64_t decode_workspace_sm90(const DecodeArgs& d) {
-  const sm90::StepArgs a = sm90::step_args(d, sm90::count_sms());
-  return 4 + int64_t{sm90::Decode::kRegions} * a.exchange.region_words();
-}
-
-int decode_sm90(const DecodeArgs& d, CUstream_st* stream) {
-  const sm90::StepArgs a = sm90::step_args(d, sm90::count_sms());
+int decode_sm90(const DecodeArgs& d, const sm90::DecodePlan& plan, CUstream_st* stream) {
+  sm90::StepArgs a = sm90::step_args(d);
+  a.plan = plan;
   switch (a.plan.spans) {
     case 2:
       return sm90::launch_of<2>(a, stream);

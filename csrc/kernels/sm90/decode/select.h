@@ -63,6 +63,7 @@ struct DecodePlan {
   int shared = 0, steps = 0;      // [rows][2][kStateSize] floats, [rows][kMaxHeads][2] floats
   int residual = 0;               // [out_rows][rows] floats: the block's part of x
   int shared_bytes = 0;
+  int64_t workspace = 0;  // words of 4 bytes
 };
 
 // Lays out shared memory.

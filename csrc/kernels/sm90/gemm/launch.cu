@@ -1,30 +1,12 @@
 #include <type_traits>
 
+#include "kernels/sm90/common/launch.cuh"
 #include "kernels/sm90/gemm/fp8.cuh"
 #include "kernels/sm90/gemm/launch.h"
 #include "kernels/sm90/gemm/plain.cuh"
 
 namespace ternary {
 namespace sm90 {
-
-cudaError_t map_rows(CUtensorMap* map, CUtensorMapDataType type, int bytes, const void* from, int64_t rows,
-                     int64_t columns, int box_rows, int box_columns, CUtensorMapSwizzle swizzle) {
-  static const auto encode = [] {
-    void* function = nullptr;
-    cudaDriverEntryPointQueryResult result;
-    cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &result);
-    return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function);
-  }();
-  if (!encode) return cudaErrorNotSupported;
-  const cuuint64_t sizes[] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)};
-  const cuuint64_t pitch = columns * bytes;
-  const cuuint32_t box[] = {static_cast<cuuint32_t>(box_columns), static_cast<cuuint32_t>(box_rows)};
-  const cuuint32_t strides[] = {1, 1};
-  const CUresult result = encode(map, type, 2, const_cast<void*>(from), sizes, &pitch, box, strides,
-                                 CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
-                                 CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
-}
 
 template <class Element, bool kPermuted>
 static cudaError_t launch_quantize_rows(const GemmArgs& args, const GemmPlan& plan, cudaStream_t stream) {
@@ -67,9 +49,8 @@ static cudaError_t launch_gemm(const GemmArgs& args, const GemmPlan& plan, cudaS
 }  // namespace sm90
 
 int plan_gemm_sm90(const GemmArgs& args, sm90::GemmPlan* plan) {
-  int device = 0, sms = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device);
+  int sms = 0;
+  const cudaError_t error = sm90::count_sms(&sms);
   const bool aligned = args.type != DType::f32 && sm90::is_aligned(args.x) && sm90::is_aligned(args.codes);
   *plan = sm90::plan_gemm(args.m, args.n, args.k, args.group, args.one_scale, aligned, sms, args.fp8);
   return error;

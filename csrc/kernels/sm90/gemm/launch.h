@@ -1,10 +1,10 @@
 // What the launchers of the gemm kernels share.
 #pragma once
 
-#include <cuda.h>
 #include <cuda_runtime.h>
 
 #include "kernels/gemm.h"
+#include "kernels/sm90/common/tensor_map.h"
 #include "kernels/sm90/gemm/operands.cuh"
 #include "kernels/sm90/gemm/select.h"
 
@@ -48,13 +48,5 @@ inline ScaleIndex scale_index(const GemmArgs& args, int span) {
           .last_span = static_cast<int>((args.k - 1) / span),
           .spans_to_group = static_cast<uint32_t>(((int64_t{1} << 32) + spans - 1) / spans)};
 }
-
-inline CUtensorMapDataType map_type(DType type) {
-  return type == DType::f16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
-}
-
-// A tensor of two dimensions that TMA copies in boxes; zeros lie around it.
-cudaError_t map_rows(CUtensorMap* map, CUtensorMapDataType type, int bytes, const void* from, int64_t rows,
-                     int64_t columns, int box_rows, int box_columns, CUtensorMapSwizzle swizzle);
 
 }  // namespace ternary::sm90

@@ -69,9 +69,8 @@ struct ChunkPlan {
 };
 
 static cudaError_t plan_chunks(const SsdArgs& args, ChunkPlan& plan) {
-  int device = 0, sms = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device);
+  int sms = 0;
+  const cudaError_t error = count_sms(&sms);
   if (error != cudaSuccess) return error;
   plan.panels = args.state_size <= Chunked::kColumns ? 1 : args.state_size <= 2 * Chunked::kColumns ? 2 : 4;
   const int64_t row_tiles = (args.head_dim + Chunked::kRows - 1) / Chunked::kRows;
