@@ -35,10 +35,10 @@ _CAST = ("norm", "conv_weight", "conv_bias", "gate_norm")  # kinds of the activa
 def decode_workspace(config: MambaConfig, batch: int, device: torch.device | str) -> Tensor:
     """What the CUDA kernel keeps between calls, zero at the start; nothing on the CPU.
 
-    Two regions of fp32 words that its blocks exchange, and four words before: csrc/kernels/sm90/decode.
+    Four regions of fp32 words that its blocks exchange, and four words before: csrc/kernels/sm90/decode.
     """
-    words = config.d_model + 2 * config.d_state + 4 * config.nheads + config.d_inner
-    size = 0 if torch.device(device).type == "cpu" else 4 + 2 * batch * words
+    words = config.d_model + 2 * config.d_state + 2 * config.nheads + config.d_inner
+    size = 0 if torch.device(device).type == "cpu" else 4 + 4 * batch * words
     return torch.zeros(size, dtype=torch.int32, device=device)
 
 

@@ -196,6 +196,10 @@ __device__ inline void sync_warpgroup(int group) {
 __device__ inline void sync_threads(int barrier, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
+// The same without waiting.
+__device__ inline void arrive_threads(int barrier, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
 
 // Words that other blocks read or write meanwhile, each whole.
 __device__ inline void store_word(uint32_t* to, uint32_t word) {

@@ -11,7 +11,7 @@
 
 namespace ternary::sm90 {
 
-// The words of one layer: x [b][d], B and C [b][2 n], (dt, decay, 0, 0) [b][h][4], gated y [b][e]; x and y in
+// The words of one layer: x [b][d], B and C [b][2 n], (dt, decay) [b][h][2], gated y [b][e]; x and y in
 // the order of `place`.
 struct Region {
   uint32_t *x, *shared, *steps, *y;
@@ -28,32 +28,33 @@ struct ExchangeArgs {
   int batch, d_model, heads, d_inner;
 
   __host__ __device__ int region_words() const {
-    return batch * (d_model + 2 * Decode::kStateSize + 4 * heads + d_inner);
+    return batch * (d_model + 2 * Decode::kStateSize + 2 * heads + d_inner);
   }
-  int64_t words_in_all() const { return kHeader + int64_t{Decode::kRegions} * region_words(); }
-  __device__ Region region(uint32_t use) const {
-    uint32_t* x = words + use % Decode::kRegions * region_words();
+  // The copy that this block reads.
+  __device__ Region region(uint32_t use) const { return region(use, blockIdx.x % Decode::kCopies); }
+  int64_t words_in_all() const {
+    return kHeader + int64_t{Decode::kRegions} * Decode::kCopies * region_words();
+  }
+  __device__ Region region(uint32_t use, int copy) const {
+    uint32_t* x = words + (use % Decode::kRegions * Decode::kCopies + copy) * region_words();
     uint32_t* shared = x + batch * d_model;
     uint32_t* steps = shared + batch * 2 * Decode::kStateSize;
-    return {x, shared, steps, steps + batch * 4 * heads, (use / Decode::kRegions & 1) ^ 1};
+    return {x, shared, steps, steps + batch * 2 * heads, (use / Decode::kRegions & 1) ^ 1};
   }
 };
 
-__device__ inline void send(uint32_t* to, float value, uint32_t epoch) {
-  store_word(to, (__float_as_uint(value) & ~1u) | epoch);
+// To all copies; `to` is in the first.
+__device__ inline void send(const ExchangeArgs& a, uint32_t* to, float value, uint32_t epoch) {
+#pragma unroll
+  for (int copy = 0; copy < Decode::kCopies; ++copy)
+    store_word(to + copy * a.region_words(), (__float_as_uint(value) & ~1u) | epoch);
 }
 
-// The warp waits for n times four words a lane, and stays together. One lane looks until its word is there,
-// then all that have not theirs: all words of all blocks again and again would take all of L2's bandwidth.
+// The warp waits for n times four words a lane, and stays together. Lanes that have theirs look no more.
 template <int n>
 __device__ void receive(float4 (&values)[n], const uint32_t* const (&from)[n], uint32_t epoch) {
   uint4 words[n];
-  const uint32_t looks = threadIdx.x / 32 * 5 % 32;
-  uint32_t wrong;
-  do {
-    wrong = threadIdx.x % 32 == looks ? load_word(from[n - 1]) ^ epoch : 0;
-  } while (__any_sync(~0u, wrong & 1));
-  wrong = 1;
+  uint32_t wrong = 1;
   do {
     if (wrong & 1) {
       wrong = 0;

@@ -40,6 +40,11 @@ struct Work {
   }
 
   __device__ int in_tiles() const { return units.count + (shared_tile >= 0); }
+  // Of out_proj, of the block's row `row`.
+  __device__ int out_row(int row) const {
+    const int tile = first_out + row / Decode::kTileRows * static_cast<int>(gridDim.x);
+    return tile * Decode::kTileRows + row % Decode::kTileRows;
+  }
 };
 
 __device__ inline uint8_t* shared_memory() {
@@ -124,18 +129,6 @@ class Loader {
   }
 
  private:
-  // Lets so many bytes go at the rate at which memory gives them: copies that all blocks start at once would
-  // fill L2's queues, and what the blocks exchange would wait behind them.
-  __device__ void pace(int bytes) {
-    int64_t now = clock64();
-    while (static_cast<uint64_t>(now - last_) < wait_) {
-      __nanosleep(32);
-      now = clock64();
-    }
-    last_ = now;
-    wait_ = bytes / Decode::kBytesPerClock;
-  }
-
   __device__ static const uint8_t* bytes(const void* from) { return static_cast<const uint8_t*>(from); }
 
   __device__ void load_params(int layer) {
@@ -185,10 +178,7 @@ class Loader {
     const uint8_t* codes = d_.in_codes + int64_t{layer} * a_.in_rows * row_bytes;
     const int skipped = work_.shared_tile >= 0 ? Decode::kTileRows : 0;
     const int rows = skipped + 2 * of_z;
-    for (int first = 0; first < rows; first += 32) {
-      pace(min(32, rows - first) * row_bytes);
-      const int row = first + lane_;
-      if (row >= rows) break;
+    for (int row = lane_; row < rows; row += 32) {
       const int unit_row = row - skipped, in_tile = unit_row % Decode::kTileRows;
       int from = shared + row;
       if (unit_row >= 0)
@@ -215,7 +205,6 @@ class Loader {
     const uint8_t* from = bytes(d_.ssm_state) + (int64_t{layer} * d_.batch + sequence) * Config::kInner *
                                                     Decode::kStateSize * a_.state_bytes;
     uint64_t* full = states_.begin(work_.units.count * unit_bytes);
-    pace(work_.units.count * unit_bytes);
     if (lane_ == 0)
       copy_run_async(states_.item(), from + int64_t{work_.units.first} * unit_bytes,
                      work_.units.count * unit_bytes, full);
@@ -227,24 +216,17 @@ class Loader {
     uint64_t* full = out_.begin(work_.outs * Decode::kTileRows * (row_bytes + scale_bytes));
     uint8_t* to = out_.item();
     const int rows = work_.outs * Decode::kTileRows;
-    for (int first = 0; first < rows; first += 32) {
-      pace(min(32, rows - first) * row_bytes);
-      const int row = first + lane_;
-      if (row >= rows) break;
-      const int64_t from = int64_t{layer} * Config::kModel + out_row(row);
+    for (int row = lane_; row < rows; row += 32) {
+      const int64_t from = int64_t{layer} * Config::kModel + work_.out_row(row);
       copy_run_async(to + row * Config::kOutPitch, d_.out_codes + from * row_bytes, row_bytes, full);
     }
     if (scale_bytes && lane_ < work_.outs)
-      copy_run_async(to + p_.out_rows * Config::kOutPitch + lane_ * Decode::kTileRows * scale_bytes,
-                     bytes(d_.out_scales) +
-                         (int64_t{layer} * Config::kModel + out_row(lane_ * Decode::kTileRows)) * scale_bytes,
-                     Decode::kTileRows * scale_bytes, full);
+      copy_run_async(
+          to + p_.out_rows * Config::kOutPitch + lane_ * Decode::kTileRows * scale_bytes,
+          bytes(d_.out_scales) +
+              (int64_t{layer} * Config::kModel + work_.out_row(lane_ * Decode::kTileRows)) * scale_bytes,
+          Decode::kTileRows * scale_bytes, full);
     out_.next();
-  }
-
-  __device__ int out_row(int row) const {
-    return (work_.first_out + row / Decode::kTileRows * static_cast<int>(gridDim.x)) * Decode::kTileRows +
-           row % Decode::kTileRows;
   }
 
   const StepArgs& a_;
@@ -253,8 +235,6 @@ class Loader {
   const Work work_;
   const int lane_;
   QueueEnd params_, in_, states_, out_;
-  int64_t last_ = 0;   // when bytes last went
-  uint64_t wait_ = 0;  // clocks from then until more may go
 };
 
 }  // namespace ternary::sm90

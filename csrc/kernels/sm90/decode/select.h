@@ -62,6 +62,9 @@ struct DecodePlan {
   int x_stats = 0, y_stats = 0;   // [3][warps][rows]: sums of squares, scales of the spans
   int shared = 0, steps = 0;      // [rows][2][kStateSize] floats, [rows][kMaxHeads][2] floats
   int residual = 0;               // [out_rows][rows] floats: the block's part of x
+  // On their way out: gated y [rows][channels], and of the rows of B, C or dt [rows][kTileRows][2] (value, or
+  // dt and its decay).
+  int sent_y = 0, sent_shared = 0;
   int shared_bytes = 0;
   int64_t workspace = 0;  // words of 4 bytes
 };
@@ -82,6 +85,8 @@ inline void place_decode(DecodePlan& p) {
   p.shared = take(p.rows * 2 * Decode::kStateSize * 4);
   p.steps = take(p.rows * Decode::kMaxHeads * 2 * 4);
   p.residual = take(p.out_rows * p.rows * 4);
+  p.sent_y = take(p.rows * p.max_units * Decode::kUnit * 4);
+  p.sent_shared = take(p.rows * Decode::kTileRows * 2 * 4);
   p.shared_bytes = end;
 }
 

@@ -29,8 +29,8 @@ class Step : Worker<Config> {
       const Region here = a_.exchange.region(done + layer);
       params_.acquire();
       if (work_.in_tiles()) {
-        project_in(layer, here, a_.exchange.region(done + layer - 1));
-        if (work_.units.count) update(layer, here);
+        project_in(layer, a_.exchange.region(done + layer - 1));
+        if (work_.units.count) update(layer);
         in_.done();
       }
       project_out(layer, here);
@@ -42,11 +42,11 @@ class Step : Worker<Config> {
  private:
   using Base::a_, Base::d_, Base::p_, Base::work_, Base::warp_, Base::lane_, Base::half_, Base::sixteenth_;
   using Base::channel_, Base::first_head_, Base::head_, Base::has_channel_, Base::in_group_, Base::out_group_;
+  using Base::embedding, Base::column, Base::weights, Base::squares, Base::factor, Base::total;
   using Base::in_scales, Base::in_sums, Base::out_sums, Base::shared_row;
   using Base::is_half_, Base::half_scales_, Base::params_, Base::in_, Base::states_, Base::out_, Base::own_;
   using Base::kBatch, Base::kEarly, Base::staging, Base::has_span, Base::sync;
-  using Base::one_scale_, Base::older_;
-  using Base::out_row, Base::embedding, Base::column, Base::weights, Base::squares, Base::factor, Base::total;
+  using Base::one_scale_, Base::older_, Base::state_, Base::newest_;
   using Base::put, Base::put_stats, Base::own_convolution, Base::convolve_older, Base::convolve, Base::shift;
   using typename Base::Convolution, typename Base::X;
 
@@ -54,11 +54,11 @@ class Step : Worker<Config> {
   __device__ void begin() {
     for (int i = threadIdx.x; i < work_.outs * Decode::kTileRows * kBatch; i += Config::kWarps * 32)
       if (i % kBatch < d_.batch)
-        this->template shared<float>(p_.residual)[i] = embedding(i % kBatch, out_row(i / kBatch));
+        this->template shared<float>(p_.residual)[i] = embedding(i % kBatch, work_.out_row(i / kBatch));
     __syncwarp();
   }
 
-  __device__ void project_in(int layer, const Region& here, const Region& last) {
+  __device__ void project_in(int layer, const Region& last) {
     if constexpr (kEarly) {
 #pragma unroll
       for (int b = 0; b < kBatch; ++b)
@@ -95,7 +95,7 @@ class Step : Worker<Config> {
       if (has_span()) tile(codes, 0);
       codes += kTileBytes;
       sync();
-      if (2 * warp_ < Decode::kTileRows) send_shared(layer, here);
+      if (2 * warp_ < Decode::kTileRows) finish_shared(layer);
     }
     if (has_span()) {
 #pragma unroll 2
@@ -124,8 +124,8 @@ class Step : Worker<Config> {
     receive(x, from, last.epoch);
   }
 
-  // Finishes a row of B, C or dt a half warp and sends it to all blocks.
-  __device__ void send_shared(int layer, const Region& here) const {
+  // Finishes a row of B, C or dt a half warp.
+  __device__ void finish_shared(int layer) const {
     const int index = shared_row(), head = index - 2 * Decode::kStateSize;
     const uint16_t* scales = in_scales(2 * work_.units.count * Decode::kUnit + own_);
     const float* stats = this->template shared<float>(p_.x_stats) + Config::kWarps * kBatch;
@@ -138,6 +138,7 @@ class Step : Worker<Config> {
     const int at = min(max(head, 0), d_.heads - 1);
     const float dt_bias = this->template param<float>(p_.at.dt_bias)[at],
                 A = this->template param<float>(p_.at.A)[at];
+    float values[kBatch];
 #pragma unroll
     for (int b = 0; b < kBatch; ++b) {
       if (b >= d_.batch) break;
@@ -150,20 +151,20 @@ class Step : Worker<Config> {
       dt = softplus_fast(dt);
       dt = fminf(fmaxf(dt, d_.dt_min), d_.dt_max);
       const float decay = __expf(fminf(dt * A, 0));
-      if (head < 0 && sixteenth_ == 0)
-        send(here.shared + b * 2 * Decode::kStateSize + index, mixed, here.epoch);
-      if (head >= 0 && head < d_.heads && sixteenth_ < 4)
-        send(here.steps + (b * d_.heads + head) * 4 + sixteenth_,
-             sixteenth_ == 0   ? dt
-             : sixteenth_ == 1 ? decay
-                               : 0,
-             here.epoch);
-      __syncwarp();
-      if (head < 0) shift(c, layer, b, value);
+      if (sixteenth_ == 0)
+        this->template shared<float2>(p_.sent_shared)[b * Decode::kTileRows + own_] = {head < 0 ? mixed : dt,
+                                                                                       decay};
+      values[b] = value;
+    }
+    hand_over(Meeting::shared, Decode::kTileRows / 2);
+#pragma unroll
+    for (int b = 0; b < kBatch; ++b) {
+      if (b >= d_.batch) break;
+      if (head < 0) shift(c, layer, b, values[b]);
     }
   }
 
-  __device__ void update(int layer, const Region& here) {
+  __device__ void update(int layer) {
     const bool works = 2 * warp_ < work_.units.count * Decode::kUnit;
     const int local = has_channel_ ? own_ : 0;
     const int row = (local / Decode::kUnit + 1) * Decode::kTileRows + local % Decode::kUnit;
@@ -171,7 +172,7 @@ class Step : Worker<Config> {
     const uint16_t* z_scales = in_scales(local);
     const uint16_t* x_scales = in_scales(work_.units.count * Decode::kUnit + local);
     const Convolution c = own_convolution();
-    float z[kBatch], x[kBatch], newest[kBatch];
+    float z[kBatch], x[kBatch];
     if (works) {
 #pragma unroll
       for (int b = 0; b < kBatch; ++b) {
@@ -184,29 +185,41 @@ class Step : Worker<Config> {
         const float scale = factor(v[2], Config::kModel);
         z[b] = v[0] * scale;
         x[b] = convolve(c, v[3], v[1] * scale);
-        newest[b] = v[1] * scale;
+        newest_[b] = v[1] * scale;
       }
     }
     const float skip = this->template param<float>(p_.at.D)[first_head_ + head_];
-    sync_received<Config>();
+    meet(Meeting::received, Config::kWarps);
 #pragma unroll
     for (int b = 0; b < kBatch; ++b) {
       if (b >= d_.batch) break;
       const uint8_t* states = states_.acquire();
+      float4(&h)[2] = state_[kEarly ? b : 0];
       if (works) {
-        float4 h[2];
         const float y = advance(h, states, local, b, x[b]);
         if (has_channel_ && sixteenth_ == 0)
-          send(here.y + b * Config::kInner + place(channel_), (y + skip * x[b]) * silu_fast(z[b]),
-               here.epoch);
-        __syncwarp();
-        if (has_channel_) {  // behind y, which others wait for
-          store_state(h, layer, b);
-          shift(c, layer, b, newest[b]);
-        }
+          this->template shared<float>(p_.sent_y)[b * work_.units.count * Decode::kUnit + own_] =
+              (y + skip * x[b]) * silu_fast(z[b]);
       }
+      if (b + 1 == d_.batch) hand_over(Meeting::y, Config::kWarps);
+      if constexpr (!kEarly) store_states(layer, b);
       states_.done();
     }
+  }
+
+  // What a channel keeps, where registers can hold it, until y has come: 2 MB of stores from all blocks at
+  // once would be ahead of y on its way.
+  __device__ void store_kept(int layer) const {
+    if constexpr (kEarly) {
+#pragma unroll
+      for (int b = 0; b < kBatch; ++b)
+        if (b < d_.batch) store_states(layer, b);
+    }
+  }
+  __device__ void store_states(int layer, int b) const {
+    if (!has_channel_) return;
+    store_state(state_[kEarly ? b : 0], layer, b);
+    shift(own_convolution(), layer, b, newest_[b]);
   }
 
   // One channel's state: h = decay h + dt x B, this lane's columns and those 64 further; returns h C.
@@ -254,11 +267,12 @@ class Step : Worker<Config> {
   }
 
   __device__ void project_out(int layer, const Region& here) {
-    if (!work_.outs) return;
+    if (!work_.outs) return store_kept(layer);
     float one_scale = 0;
     if (d_.out_one_scale) one_scale = widen(static_cast<const uint16_t*>(d_.out_scales)[layer], half_scales_);
     X spans[Decode::kExpand];
     if (has_span()) receive_y(here, spans);
+    store_kept(layer);
     const uint8_t* item = out_.acquire();
     if (has_span()) {
       const uint8_t* codes =
@@ -293,13 +307,12 @@ class Step : Worker<Config> {
         if (sixteenth_ == 0) {
           float& residual = this->template shared<float>(p_.residual)[row * kBatch + b];
           residual += v[0] * factor(v[1], Config::kInner);
-          const int column = out_row(row);
-          send(here.x + b * Config::kModel + place(column), residual, here.epoch);
-          if (layer + 1 == d_.layers) d_.hidden[b * Config::kModel + column] = residual;
+          if (layer + 1 == d_.layers) d_.hidden[b * Config::kModel + work_.out_row(row)] = residual;
         }
         __syncwarp();
       }
     }
+    hand_over(Meeting::x, Config::kWarps);
     out_.done();
   }
 
@@ -316,15 +329,17 @@ class Step : Worker<Config> {
       for (int i = 0; i < kRows; ++i)
         from[i] = here.y + min(i % kBatch, d_.batch - 1) * Config::kInner +
                   (first + i / kBatch) * Config::kModel + warp_ * Decode::kSpan + 4 * lane_;
+      float4 norm[kAtOnce];
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) norm[i] = weights(p_.at.gate_norm + (first + i) * Config::kModel * 2);
       receive(y, from, here.epoch);
 #pragma unroll
       for (int i = 0; i < kAtOnce; ++i) {
-        const float4 norm = weights(p_.at.gate_norm + (first + i) * Config::kModel * 2);
 #pragma unroll
         for (int b = 0; b < kBatch; ++b) {
           float4& v = y[i * kBatch + b];
           squares[b] += dot(v, v);
-          v = v * norm;
+          v = v * norm[i];
         }
       }
       X::template set<kAtOnce>(spans + first, y, row_scales, staging());
@@ -334,34 +349,83 @@ class Step : Worker<Config> {
     put_stats(p_.y_stats, squares, scales);
   }
 };
-// The warp that waits for B, C and the steps of the block's heads and puts them in shared memory:
-// [b][2][kStateSize], and [b][heads] (dt, decay).
+// The rows of B, C or dt from `index` on, which the compute warps have finished.
+__device__ inline void send_shared(const StepArgs& a, int index, const Region& here) {
+  meet(Meeting::shared, Decode::kTileRows / 2);
+  const float2* values = reinterpret_cast<const float2*>(shared_memory() + a.plan.sent_shared);
+  for (int i = threadIdx.x % 32; i < a.d.batch * Decode::kTileRows; i += 32) {
+    const int row = index + i % Decode::kTileRows, head = row - 2 * Decode::kStateSize;
+    const int sequence = i / Decode::kTileRows;
+    if (head < 0) {
+      send(a.exchange, here.shared + sequence * 2 * Decode::kStateSize + row, values[i].x, here.epoch);
+    } else if (head < a.d.heads) {
+      uint32_t* to = here.steps + (sequence * a.d.heads + head) * 2;
+      send(a.exchange, to, values[i].x, here.epoch);
+      send(a.exchange, to + 1, values[i].y, here.epoch);
+    }
+  }
+  __syncwarp();
+}
+
 template <class Config>
-__device__ void run_receiver(const StepArgs& a) {
+__device__ void receive_shared(const StepArgs& a, int first, int channels, const Region& here) {
+  const int lane = threadIdx.x % 32, first_head = first / a.d.head_dim;
+  const int heads = (first + channels - 1) / a.d.head_dim - first_head + 1;
+  // A lane's four words are the steps of two heads.
+  const int pairs = (first_head + heads - 1) / 2 - first_head / 2 + 1;
+  for (int b = 0; b < a.d.batch; ++b) {
+    const uint32_t* words = here.shared + b * 2 * Decode::kStateSize + 4 * lane;
+    const int pair = first_head / 2 + min(lane, pairs - 1);
+    const uint32_t* const from[3] = {words, words + Decode::kStateSize,
+                                     here.steps + (b * a.d.heads + 2 * pair) * 2};
+    float4 in[3];
+    receive(in, from, here.epoch);
+    float4* to =
+        reinterpret_cast<float4*>(shared_memory() + a.plan.shared) + b * (Decode::kStateSize / 2) + lane;
+    to[0] = in[0];
+    to[Decode::kStateSize / 4] = in[1];
+    if (lane < pairs) {
+      float2* steps = reinterpret_cast<float2*>(shared_memory() + a.plan.steps) + b * Decode::kMaxHeads;
+      const int head = 2 * pair - first_head;
+      if (head >= 0) steps[head] = {in[2].x, in[2].y};
+      if (head + 1 < heads) steps[head + 1] = {in[2].z, in[2].w};
+    }
+  }
+  __syncwarp();
+}
+
+// The warp that sends what the block has for others, all of a kind at once: the fewer stores, the sooner the
+// last of them has arrived. It waits for B, C and the steps of the block's heads, too, and puts them in
+// shared memory: [b][2][kStateSize], and [b][heads] (dt, decay).
+template <class Config>
+__device__ void run_exchange(const StepArgs& a) {
   const Work work(a);
-  if (!work.units.count) return;
   const int lane = threadIdx.x % 32, first = work.units.first * Decode::kUnit;
-  const int first_head = first / a.d.head_dim;
-  const int heads = (first + work.units.count * Decode::kUnit - 1) / a.d.head_dim - first_head + 1;
+  const int channels = work.units.count * Decode::kUnit;
   const uint32_t done = *a.exchange.counter;
   for (int layer = 0; layer < a.d.layers; ++layer) {
-    const Region here = a.exchange.region(done + layer);
-    for (int b = 0; b < a.d.batch; ++b) {
-      const uint32_t* words = here.shared + b * 2 * Decode::kStateSize + 4 * lane;
-      const int head = first_head + min(lane, heads - 1);
-      const uint32_t* const from[3] = {words, words + Decode::kStateSize,
-                                       here.steps + (b * a.d.heads + head) * 4};
-      float4 in[3];
-      receive(in, from, here.epoch);
-      float4* to =
-          reinterpret_cast<float4*>(shared_memory() + a.plan.shared) + b * (Decode::kStateSize / 2) + lane;
-      to[0] = in[0];
-      to[Decode::kStateSize / 4] = in[1];
-      if (lane < heads)
-        reinterpret_cast<float2*>(shared_memory() + a.plan.steps)[b * Decode::kMaxHeads + lane] = {in[2].x,
-                                                                                                   in[2].y};
+    const Region here = a.exchange.region(done + layer, 0);
+    if (work.shared_tile >= 0) send_shared(a, work.shared_tile * Decode::kTileRows, here);
+    if (channels) {
+      receive_shared<Config>(a, first, channels, a.exchange.region(done + layer));
+      meet(Meeting::received, Config::kWarps);
+      meet(Meeting::y, Config::kWarps);
+      const float* y = reinterpret_cast<const float*>(shared_memory() + a.plan.sent_y);
+      for (int i = lane; i < a.d.batch * channels; i += 32)
+        send(a.exchange, here.y + i / channels * Config::kInner + place(first + i % channels), y[i],
+             here.epoch);
     }
-    sync_received<Config>();
+    if (work.outs) {
+      meet(Meeting::x, Config::kWarps);
+      const float* x = reinterpret_cast<const float*>(shared_memory() + a.plan.residual);
+      const int rows = work.outs * Decode::kTileRows;
+      for (int i = lane; i < a.d.batch * rows; i += 32) {
+        const int row = i % rows, sequence = i / rows;
+        send(a.exchange, here.x + sequence * Config::kModel + place(work.out_row(row)),
+             x[row * Config::kBatch + sequence], here.epoch);
+      }
+    }
+    __syncwarp();
   }
 }
 
@@ -379,7 +443,7 @@ __global__ void __launch_bounds__(32 * (Config::kWarps + 2), 1)
   if (warp_index() == Config::kWarps) {
     Loader<Config>(a).run();
   } else if (warp_index() == Config::kWarps + 1) {
-    run_receiver<Config>(a);
+    run_exchange<Config>(a);
   } else {
     Step<Config>(a).run();
   }

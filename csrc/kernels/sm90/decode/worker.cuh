@@ -33,11 +33,18 @@ __device__ void lane_sums(float (&v)[n]) {
     for (int i = 0; i < n; ++i) v[i] += __shfl_xor_sync(~0u, v[i], lanes);
 }
 
-// B, C and the steps have arrived.
-template <class Config>
-__device__ void sync_received() {
+// Where the compute warps meet the one that exchanges values for the block.
+enum class Meeting { received = 2, y, x, shared };
+
+// `warps` compute warps and the exchanging one wait for each other.
+__device__ inline void meet(Meeting at, int warps) {
   __syncwarp();
-  sync_threads(2, 32 * (Config::kWarps + 1));
+  sync_threads(static_cast<int>(at), 32 * (warps + 1));
+}
+// A compute warp has put its part where the exchanging one finds it, and goes on.
+__device__ inline void hand_over(Meeting at, int warps) {
+  __syncwarp();
+  arrive_threads(static_cast<int>(at), 32 * (warps + 1));
 }
 
 template <class Config>
@@ -100,11 +107,6 @@ class Worker {
   __device__ void sync() const {
     __syncwarp();  // a warp that is apart would count more than once
     sync_threads(1, Config::kWarps * 32);
-  }
-
-  __device__ int out_row(int row) const {
-    const int tile = work_.first_out + row / Decode::kTileRows * static_cast<int>(gridDim.x);
-    return tile * Decode::kTileRows + row % Decode::kTileRows;
   }
 
   __device__ float embedding(int sequence, int column) const {
@@ -245,7 +247,9 @@ class Worker {
   bool has_channel_;
   int in_group_[kRounds], out_group_[Decode::kExpand][kRounds];  // of the scales, of a lane's spans
   float one_scale_ = 0;
-  float older_[kBatch];  // of the channel's convolution, without the newest input
+  float older_[kBatch];                   // of the channel's convolution, without the newest input
+  float newest_[kBatch];                  // the newest input
+  float4 state_[kEarly ? kBatch : 1][2];  // the channel's, as it is to be stored
 };
 
 }  // namespace ternary::sm90
