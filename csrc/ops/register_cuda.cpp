@@ -5,6 +5,7 @@
 #include "kernels/sm90/decode/select.h"
 #include "kernels/sm90/gemm/select.h"
 #include "ops/causal_conv1d.h"
+#include "ops/choose.h"
 #include "ops/decode.h"
 #include "ops/gemm.h"
 #include "ops/norm.h"
@@ -72,6 +73,7 @@ STABLE_TORCH_LIBRARY_IMPL(ternary, CUDA, m) {
   m.impl("dequantize", TORCH_BOX((&dequantize<run<DequantizeArgs, dequantize_sm90>>)));
   m.impl("gemm", TORCH_BOX((&gemm<run_gemm, true>)));
   m.impl("decode", TORCH_BOX((&decode<run_decode>)));
+  m.impl("choose", TORCH_BOX((&choose<run<ChooseArgs, choose_sm90>>)));
   m.impl("selective_scan", TORCH_BOX((&selective_scan<run<SelectiveScanArgs, selective_scan_sm90>>)));
   m.impl("selective_scan_fused",
          TORCH_BOX((&selective_scan_fused<run<SelectiveScanArgs, selective_scan_sm90>>)));

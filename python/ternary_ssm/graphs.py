@@ -188,7 +188,7 @@ class Loop:
         self.cache = model.empty_cache(batch)
         self.sampler = Sampler(config, batch, model.config.vocab_size, model.device)
         options = {"dtype": torch.int64, "device": model.device}
-        self.tokens, self.step = torch.zeros(batch, **options), torch.zeros(1, **options)
+        self.tokens, self.step = torch.zeros(batch, **options), torch.zeros(2, **options)  # see choose
         self.chosen = torch.zeros(BLOCK, batch, **options)  # the tokens of the last steps, -1 for none
 
     def launch(
@@ -217,11 +217,16 @@ class Loop:
         self.choose(next_logits(model, self.decoder, self.tokens, self.cache))
 
     def choose(self, logits: Tensor) -> None:
-        tokens, finite = self.sampler(logits, self.step)
+        if self.sampler.greedy:
+            vocab = self.sampler.vocab_size
+            torch.ops.ternary.choose(logits, vocab, self.tokens, self.chosen, self.step)
+            return
+        step = self.step[:1]
+        tokens, finite = self.sampler(logits, step)
         self.tokens.copy_(tokens)
         row = torch.where(finite, tokens, -1).unsqueeze(0)
-        self.chosen.index_copy_(0, self.step % BLOCK, row)
-        self.step.add_(1)
+        self.chosen.index_copy_(0, step % BLOCK, row)
+        step.add_(1)
 
 
 def _place(model: MambaLM) -> int:

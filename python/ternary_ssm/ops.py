@@ -13,7 +13,7 @@ from . import reference
 
 _OPERATORS = ("quantize", "pack", "unpack", "dequantize", "gemm", "causal_conv1d", "causal_conv1d_update")
 _OPERATORS += ("selective_scan", "selective_scan_fused", "selective_scan_update", "ssd", "ssd_update")
-_OPERATORS += ("rms_norm_gated", "add_rms_norm", "decode")
+_OPERATORS += ("rms_norm_gated", "add_rms_norm", "decode", "choose")
 
 
 @torch.library.register_fake("ternary::quantize")
@@ -163,6 +163,11 @@ def _(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
 @torch.library.register_fake("ternary::decode")
 def _(tokens, embedding, *_args, **_options):
     return embedding.new_empty(*tokens.shape, embedding.shape[1], dtype=torch.float32)
+
+
+@torch.library.register_fake("ternary::choose")
+def _(logits, vocab_size, tokens, chosen, step):
+    pass
 
 
 def _serves(package: str, x: Tensor, cu_seqlens: Tensor | None) -> bool:

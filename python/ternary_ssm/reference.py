@@ -365,6 +365,21 @@ def decode(
     return x
 
 
+def choose(logits: Tensor, vocab_size: int, tokens: Tensor, chosen: Tensor, step: Tensor) -> None:
+    """The greedy choice of a step of decoding, written where the next step and the host find it.
+
+    logits [b, v], the first vocab_size count -> tokens int64 [b]: the first of the largest, any where a logit
+    is NaN. chosen int64 [slots, b]: its row step[0] % slots gets the same, -1 where a logit is not finite.
+    step int64 [2]: step[0] counts up; step[1] is the kernel's own, 0 between calls.
+    """
+    scores = logits[:, :vocab_size].float()
+    places = torch.arange(vocab_size, device=logits.device)
+    first = torch.where(scores == scores.amax(-1, keepdim=True), places, vocab_size - 1).amin(-1)
+    tokens.copy_(first)
+    chosen[step[:1] % len(chosen)] = torch.where(scores.isfinite().all(-1), first, -1)
+    step[:1] += 1
+
+
 class ReferenceMode(TorchDispatchMode):
     """Inside `with ReferenceMode():` every torch.ops.ternary.* call runs the function of this module."""
 

@@ -70,6 +70,11 @@ class Sampler:
         if config.repetition_penalty != 1:
             self.seen = torch.empty(batch, vocab_size, dtype=torch.bool, device=device)
 
+    @property
+    def greedy(self) -> bool:
+        """Whether the likeliest token is taken, by the logits as they are."""
+        return self.uniform is None and self.seen is None
+
     def start(self, prompts: Sequence[Sequence[int]], seed: int | None) -> None:
         """Begins new rows."""
         if self.uniform is not None:
