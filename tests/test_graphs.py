@@ -26,7 +26,7 @@ SAMPLED = {
     "repetition_penalty": 1.2,
     "seed": 3,
 }
-SHAPES = {  # the last one is the Decoder's
+SHAPES = {  # the last one takes the Decoder on a GPU too
     "Mamba1": (32, {"layer": "Mamba1", "d_state": 4}),
     "Mamba2": (32, {"layer": "Mamba2", "d_state": 8, "headdim": 16}),
     "decoder": (256, {"layer": "Mamba2", "headdim": 32}),
@@ -90,7 +90,8 @@ def eager(model: MambaLM, prompts: list[list[int]], count: int, **sampling) -> l
 @pytest.mark.parametrize("sampling", [{}, SAMPLED], ids=["greedy", "sampled"])
 def test_equals_the_eager_path(device, captures, shape, ternary, sampling):
     model = build(shape, device, ternary)
-    assert Decoder.supports(model, 5) == (shape == "decoder" and ternary)
+    served = ["decoder"] if device == "cuda" else ["decoder", "Mamba2"]  # in 16 bits alone on a GPU
+    assert Decoder.supports(model, 5) == (shape in served and ternary)
     expected = eager(model, PROMPTS, 70, **sampling)
     for _ in range(3):
         assert model.generate(PROMPTS, 70, **sampling) == expected
@@ -112,7 +113,7 @@ def test_random_numbers_of_many_blocks(device):
         assert model.generate([[1], [2]], 600, **sampling) == eager(model, [[1], [2]], 600, **sampling)
 
 
-@pytest.mark.parametrize("rows", [1, 9, 40])  # 9 and 40 exceed the Decoder
+@pytest.mark.parametrize("rows", [1, 9, 40])  # 9 and 40 exceed the persistent kernel
 def test_batches_and_long_prompts(device, rows):
     model = build(device=device)
     prompts = torch.randint(VOCAB, (rows, 2100 // rows)).tolist()

@@ -29,9 +29,10 @@ static py::dict decode_plan(int batch, int d_model, int heads, int head_dim, int
   using namespace ternary::sm90;
   const DecodePlan p =
       plan_decode({batch, d_model, heads, head_dim, in_groups, out_groups, state_bytes}, sms);
-  if (p.expected) return py::dict(py::arg("expected") = p.expected);
+  if (p.kernel == DecodeKernel::sequence)
+    return py::dict(py::arg("kernel") = "sequence", py::arg("persistent_expects") = p.persistent_expects);
   return py::dict(
-      py::arg("expected") = py::none(), py::arg("blocks") = p.blocks, py::arg("warps") = p.warps,
+      py::arg("kernel") = "persistent", py::arg("blocks") = p.blocks, py::arg("warps") = p.warps,
       py::arg("shared_tiles") = p.shared_tiles, py::arg("shared_blocks_units") = p.shared_blocks_units,
       py::arg("other_units") = p.other_units, py::arg("max_units") = p.max_units,
       py::arg("out_tiles") = p.out_tiles, py::arg("shared_bytes") = p.shared_bytes,
@@ -46,6 +47,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("gemm_plan", &gemm_plan, "How gemm runs on a Hopper GPU (csrc/kernels/sm90/gemm/select.h).",
         py::arg("m"), py::arg("n"), py::arg("k"), py::arg("group"), py::arg("one_scale"), py::arg("aligned"),
         py::arg("sms"), py::arg("fp8") = false);
+  m.attr("persistent_batch") = ternary::sm90::Decode::kMaxBatch;  // of decode's persistent kernel, at most
   m.def("decode_plan", &decode_plan, "How decode runs on a Hopper GPU (csrc/kernels/sm90/decode/select.h).",
         py::arg("batch"), py::arg("d_model"), py::arg("heads"), py::arg("head_dim"), py::arg("in_groups"),
         py::arg("out_groups"), py::arg("state_bytes"), py::arg("sms"));

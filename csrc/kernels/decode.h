@@ -1,4 +1,4 @@
-// One token of each of a few sequences through all layers of a ternary Mamba-2:
+// One token of each sequence through all layers of a ternary Mamba-2:
 //   x += out_proj(rms_norm(ssd_update(silu(conv([x, B, C] of in_proj(rms_norm(x))))) * silu(z)))
 #pragma once
 
@@ -30,7 +30,7 @@ struct DecodeArgs {
   const uint8_t* out_codes;     // [L, d, e / 4]
   const void* out_scales;       // [L, d, e / out_group], or [L] where out_one_scale
   float* hidden;                // [b, d]: x after the last layer
-  void* workspace;              // zeros at first; the kernel's own from then on
+  void* workspace;              // zeros at first, the kernel's own from then on; or the plan's buffers
   DType type;                   // of norms, convolution and its state: f16 or bf16
   DType scale_type, state_type;
   bool in_one_scale, out_one_scale;

@@ -58,9 +58,15 @@ static void run_decode(const DecodeArgs& args, const Tensor& workspace) {
   STD_TORCH_CHECK(!plan.expected, "decode on this device serves ", plan.expected, "; found batch ",
                   args.batch, ", d_model ", args.d_model, ", heads ", args.heads, " of ", args.head_dim,
                   ", state size ", args.state_size, ", groups ", args.in_group, " and ", args.out_group);
-  STD_TORCH_CHECK(workspace.numel() == plan.workspace, "workspace must be [", plan.workspace, "], not ",
+  STD_TORCH_CHECK(workspace.numel() >= plan.workspace, "workspace must have ", plan.workspace, " words, not ",
                   shape(workspace));
-  STD_CUDA_CHECK(cudaError_t(decode_sm90(args, plan, current_stream(workspace))));
+  DecodeArgs planned = args;
+  std::optional<Tensor> buffers;
+  if (plan.buffers > 0) {
+    buffers = torch::stable::new_empty(workspace, {plan.buffers}, ScalarType::Byte);
+    planned.workspace = buffers->mutable_data_ptr();
+  }
+  STD_CUDA_CHECK(cudaError_t(decode_sm90(planned, plan, current_stream(workspace))));
 }
 
 }  // namespace ternary

@@ -33,24 +33,14 @@ _CAST = ("norm", "conv_weight", "conv_bias", "gate_norm")  # kinds of the activa
 
 
 def decode_workspace(config: MambaConfig, batch: int, device: torch.device | str) -> Tensor:
-    """What the CUDA kernel keeps between calls, zero at the start; nothing on the CPU.
+    """What the persistent CUDA kernel keeps between calls, zero at the start; nothing elsewhere.
 
     Four regions of fp32 words that its blocks exchange, and four words before: csrc/kernels/sm90/decode.
     """
     words = config.d_model + 2 * config.d_state + 2 * config.nheads + config.d_inner
-    size = 0 if torch.device(device).type == "cpu" else 4 + 4 * batch * words
+    persistent = torch.device(device).type == "cuda" and batch <= _C.persistent_batch
+    size = 4 + 4 * batch * words if persistent else 0
     return torch.zeros(size, dtype=torch.int32, device=device)
-
-
-def _planned(model: MambaLM, batch: int) -> bool:
-    """Whether the kernel of the model's device takes these sizes; the CPU's takes any."""
-    if model.device.type != "cuda":
-        return True
-    c, group = model.config, model.ternary.group_of
-    sizes = (c.d_model, c.nheads, c.headdim)
-    groups = [k // group(k) if group(k) else 0 for k in (c.d_model, c.d_inner)]
-    sms = torch.cuda.get_device_properties(model.device).multi_processor_count
-    return _C.decode_plan(batch, *sizes, *groups, 4, sms)["expected"] is None
 
 
 class Decoder:
@@ -69,20 +59,16 @@ class Decoder:
     def supports(model: MambaLM, batch: int) -> bool:
         """Whether the operator's kernel runs this model, as it stands, on so many rows."""
         c, ternary = model.config, model.ternary
-        if not c.is_mamba2 or ternary is None or not 1 <= batch <= 8:
+        if not c.is_mamba2 or ternary is None or batch < 1:
             return False
-        shape = (c.rms_norm, c.residual_in_fp32, c.ngroups, c.norm_groups, c.d_state, c.d_conv)
+        shape = (c.rms_norm, c.residual_in_fp32, c.ngroups, c.norm_groups, c.d_conv)
         options = (c["rmsnorm"], c["norm_before_gate"], c["D_has_hdim"], c["bias"])
-        group, blocks = ternary.group_size, model.backbone.layers
+        blocks = model.backbone.layers
         on_cpu = model.device.type == "cpu"  # where the kernel takes fp32 too
         return (
-            shape == (True, True, 1, 1, 128, 4)
+            shape == (True, True, 1, 1, 4)
             and options == (True, False, False, False)
-            and c.d_model % 128 == 0
-            and _planned(model, batch)
-            and (on_cpu or model.dtype.itemsize == ternary.torch_scale_dtype.itemsize == 2)
-            and c.headdim % 8 == 0
-            and (group in ("row", "tensor") or group % 128 == 0)
+            and (on_cpu or (model.dtype.itemsize == 2 and c.d_model % 8 == 0))
             and all(
                 isinstance(linear, TernaryLinear)
                 for b in blocks

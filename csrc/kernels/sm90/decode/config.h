@@ -4,15 +4,14 @@
 namespace ternary::sm90 {
 
 struct Decode {
-  static constexpr int kMaxBatch = 8;
+  static constexpr int kMaxBatch = 2;     // more are faster by the sequence of launches
   static constexpr int kSpan = 128;       // columns of a weight that a warp multiplies at once
   static constexpr int kTileRows = 16;    // of a weight: the m of the instruction
   static constexpr int kUnit = 8;         // channels whose rows of z and x make a tile of in_proj
   static constexpr int kStateSize = 128;  // per channel
   static constexpr int kConvWidth = 4;
   static constexpr int kExpand = 2;     // d_inner / d_model: spans of a warp in a row of out_proj
-  static constexpr int kFewRows = 2;    // of x: a warp turns all its spans of them into integers at once
-  static constexpr int kMinWarps = 8;   // that compute; two more load and receive
+  static constexpr int kMinWarps = 8;   // that compute; two more load and exchange
   static constexpr int kMaxSpans = 20;  // of a row of in_proj
   static constexpr int kPad = 32;       // bytes after a row of codes: four rows lie in different banks
   static constexpr int kMaxHeads = 8;   // that have channels in one block
@@ -31,7 +30,6 @@ struct DecodeConfig : Decode {
   static constexpr int kModel = kSpans * kSpan, kInner = kExpand * kModel;
   static constexpr int kChannels = kInner + 2 * kStateSize;  // of the convolution
   static constexpr int kInPitch = kModel / 4 + kPad, kOutPitch = kInner / 4 + kPad;
-  static constexpr int kStagedSpans = kBatch <= kFewRows ? kExpand : 1;
   static constexpr int kSumsPitch = kSpans * kBatch | 1;  // words of the partial sums of a row
 };
 

@@ -1,6 +1,7 @@
 #include <cuda_runtime.h>
 
 #include "kernels/sm90/common/launch.cuh"
+#include "kernels/sm90/decode/sequence.h"
 #include "kernels/sm90/decode/step.cuh"
 
 namespace ternary {
@@ -26,8 +27,8 @@ static StepArgs step_args(const DecodeArgs& d) {
   return a;
 }
 
-// What the tensors lack, sizes apart.
-static const char* expected_of(const DecodeArgs& d) {
+// What the tensors lack for the persistent kernel, sizes apart.
+static const char* persistent_expects(const DecodeArgs& d) {
   if (d.state_size != Decode::kStateSize) return "a state size of 128";
   if (d.type == DType::f32 || d.scale_type == DType::f32) return "activations and scales in 16 bits";
   if (d.in_group % Decode::kSpan || d.out_group % Decode::kSpan) return "groups of a multiple of 128 weights";
@@ -58,40 +59,38 @@ static cudaError_t launch(const StepArgs& a, cudaStream_t stream) {
 
 template <int kSpans>
 static cudaError_t launch_of(const StepArgs& a, cudaStream_t stream) {
-  switch (a.plan.rows) {
-    case 1:
-      return launch<DecodeConfig<1, kSpans>>(a, stream);
-    case 2:
-      return launch<DecodeConfig<2, kSpans>>(a, stream);
-    case 4:
-      return launch<DecodeConfig<4, kSpans>>(a, stream);
-    default:
-      return launch<DecodeConfig<8, kSpans>>(a, stream);
-  }
+  return a.plan.rows == 1 ? launch<DecodeConfig<1, kSpans>>(a, stream)
+                          : launch<DecodeConfig<2, kSpans>>(a, stream);
 }
 
 }  // namespace sm90
 
 int plan_decode_sm90(const DecodeArgs& d, sm90::DecodePlan* plan) {
   *plan = {};
-  plan->expected = sm90::expected_of(d);
+  plan->persistent_expects = sm90::persistent_expects(d);
   int sms = 0;
   const cudaError_t error = sm90::count_sms(&sms);
-  if (plan->expected || error != cudaSuccess) return error;
+  if (error != cudaSuccess) return error;
   const sm90::StepArgs a = sm90::step_args(d);
-  *plan = sm90::plan_decode({.batch = d.batch,
-                             .d_model = d.d_model,
-                             .heads = d.heads,
-                             .head_dim = d.head_dim,
-                             .in_groups = a.in_groups,
-                             .out_groups = a.out_groups,
-                             .state_bytes = a.state_bytes},
-                            sms);
-  plan->workspace = a.exchange.words_in_all();
-  return cudaSuccess;
+  if (!plan->persistent_expects)
+    *plan = sm90::plan_decode({.batch = d.batch,
+                               .d_model = d.d_model,
+                               .heads = d.heads,
+                               .head_dim = d.head_dim,
+                               .in_groups = a.in_groups,
+                               .out_groups = a.out_groups,
+                               .state_bytes = a.state_bytes},
+                              sms);
+  if (plan->kernel == sm90::DecodeKernel::persistent) {
+    plan->workspace = a.exchange.words_in_all();
+    return cudaSuccess;
+  }
+  plan->expected = sm90::sequence_expects(d);
+  return plan->expected ? cudaSuccess : sm90::sequence_buffers(d, &plan->buffers);
 }
 
 int decode_sm90(const DecodeArgs& d, const sm90::DecodePlan& plan, CUstream_st* stream) {
+  if (plan.kernel == sm90::DecodeKernel::sequence) return sm90::decode_sequence(d, stream);
   sm90::StepArgs a = sm90::step_args(d);
   a.plan = plan;
   switch (a.plan.spans) {

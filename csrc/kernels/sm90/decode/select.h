@@ -1,4 +1,4 @@
-// How the decode kernel is cut: pure host code, sizes in, numbers out.
+// How decode runs, and how its persistent kernel is cut: pure host code, sizes in, numbers out.
 #pragma once
 
 #include <algorithm>
@@ -41,12 +41,18 @@ struct ParamsPlan {
   int dt_bias = 0, A = 0;                                     // [h]
 };
 
+enum class DecodeKernel { persistent, sequence };
+
+// The persistent kernel runs where it can, and else the sequence of launches.
+//
 // Every block has some units of kUnit channels, whose z, x and state it alone handles, and some tiles of 16
 // rows of out_proj. The first `shared_tiles` blocks have a tile of B, C and dt too, which all blocks wait
 // for.
 struct DecodePlan {
-  const char* expected = nullptr;  // what the shape lacks for a kernel to serve it; the rest is then not set
-  int rows = 0;                    // kBatch of the kernel
+  DecodeKernel kernel = DecodeKernel::sequence;
+  const char* persistent_expects = nullptr;  // what it lacks: of the rest only `buffers` is then set
+  const char* expected = nullptr;            // what the sequence lacks, too: nothing serves
+  int rows = 0;                              // kBatch of the kernel
   int blocks = 0, warps = 0, spans = 0;
   int shared_tiles = 0, shared_blocks_units = 0,
       other_units = 0;  // units of the two kinds of blocks together
@@ -66,7 +72,8 @@ struct DecodePlan {
   // dt and its decay).
   int sent_y = 0, sent_shared = 0;
   int shared_bytes = 0;
-  int64_t workspace = 0;  // words of 4 bytes
+  int64_t workspace = 0;  // words of 4 bytes that the caller keeps,
+  int64_t buffers = 0;    // or bytes for the sequence
 };
 
 // Lays out shared memory.
@@ -76,7 +83,7 @@ inline void place_decode(DecodePlan& p) {
   for (QueuePlan* queue : {&p.params, &p.in, &p.states, &p.out})
     queue->at = take(queue->bytes * queue->depth);
   p.barriers = take(2 * 4 * Decode::kMaxDepth * 8);
-  p.staging = take(p.warps * (p.rows <= Decode::kFewRows ? Decode::kExpand : 1) * p.rows * 2 * Decode::kSpan);
+  p.staging = take(p.warps * Decode::kExpand * p.rows * 2 * Decode::kSpan);
   const int pitch = p.spans * p.rows | 1;
   p.in_sums = take(p.in_rows * pitch * 4);
   p.out_sums = take(p.out_rows * Decode::kExpand * pitch * 4);
@@ -112,10 +119,10 @@ inline DecodePlan plan_decode(const DecodeShape& s, int sms) {
   const auto divide_up = [](int a, int b) { return (a + b - 1) / b; };
   const auto refuse = [](const char* why) {
     DecodePlan refused;
-    refused.expected = why;
+    refused.persistent_expects = why;
     return refused;
   };
-  if (s.batch < 1 || s.batch > Decode::kMaxBatch) return refuse("a batch of 1 to 8");
+  if (s.batch < 1 || s.batch > Decode::kMaxBatch) return refuse("a batch of 1 or 2");
   const int spans = s.d_model / Decode::kSpan;
   const int compiled[] = {2, 4, 6, 8, 12, 16, 20};
   if (s.d_model % Decode::kSpan ||
@@ -125,7 +132,8 @@ inline DecodePlan plan_decode(const DecodeShape& s, int sms) {
   if (s.heads * s.head_dim != Decode::kExpand * s.d_model) return refuse("d_inner = 2 d_model");
 
   DecodePlan p;
-  p.rows = s.batch <= 1 ? 1 : s.batch <= 2 ? 2 : s.batch <= 4 ? 4 : 8;
+  p.kernel = DecodeKernel::persistent;
+  p.rows = s.batch;
   p.spans = spans;
   p.warps = std::max(Decode::kMinWarps, spans);
   p.blocks = sms;

@@ -11,6 +11,7 @@
 // channel or row is read before it waits for others, and sizes are compiled in.
 #pragma once
 
+#include "kernels/sm90/decode/messages.cuh"
 #include "kernels/sm90/decode/worker.cuh"
 
 namespace ternary::sm90 {
@@ -45,7 +46,7 @@ class Step : Worker<Config> {
   using Base::embedding, Base::column, Base::weights, Base::squares, Base::factor, Base::total;
   using Base::in_scales, Base::in_sums, Base::out_sums, Base::shared_row;
   using Base::is_half_, Base::half_scales_, Base::params_, Base::in_, Base::states_, Base::out_, Base::own_;
-  using Base::kBatch, Base::kEarly, Base::staging, Base::has_span, Base::sync;
+  using Base::kBatch, Base::staging, Base::has_span, Base::sync;
   using Base::one_scale_, Base::older_, Base::state_, Base::newest_;
   using Base::put, Base::put_stats, Base::own_convolution, Base::convolve_older, Base::convolve, Base::shift;
   using typename Base::Convolution, typename Base::X;
@@ -59,12 +60,9 @@ class Step : Worker<Config> {
   }
 
   __device__ void project_in(int layer, const Region& last) {
-    if constexpr (kEarly) {
 #pragma unroll
-      for (int b = 0; b < kBatch; ++b)
-        older_[b] = work_.units.count ? convolve_older(own_convolution(), b) : 0;
-      lane_sums<16>(older_);
-    }
+    for (int b = 0; b < kBatch; ++b) older_[b] = work_.units.count ? convolve_older(own_convolution(), b) : 0;
+    lane_sums<16>(older_);
     float4 norm = {};
     if (has_span()) norm = weights(p_.at.norm);
     if (d_.in_one_scale) one_scale_ = widen(static_cast<const uint16_t*>(d_.in_scales)[layer], half_scales_);
@@ -177,14 +175,13 @@ class Step : Worker<Config> {
 #pragma unroll
       for (int b = 0; b < kBatch; ++b) {
         if (b >= d_.batch) break;
-        float v[4] = {total(in_sums(row), stats, z_scales, one_scale_, in_group_, b),
+        float v[3] = {total(in_sums(row), stats, z_scales, one_scale_, in_group_, b),
                       total(in_sums(row + Decode::kUnit), stats, x_scales, one_scale_, in_group_, b),
-                      squares(p_.x_stats, b), kEarly ? 0 : convolve_older(c, b)};
+                      squares(p_.x_stats, b)};
         lane_sums<16>(v);
-        if constexpr (kEarly) v[3] = older_[b];
         const float scale = factor(v[2], Config::kModel);
         z[b] = v[0] * scale;
-        x[b] = convolve(c, v[3], v[1] * scale);
+        x[b] = convolve(c, older_[b], v[1] * scale);
         newest_[b] = v[1] * scale;
       }
     }
@@ -194,7 +191,7 @@ class Step : Worker<Config> {
     for (int b = 0; b < kBatch; ++b) {
       if (b >= d_.batch) break;
       const uint8_t* states = states_.acquire();
-      float4(&h)[2] = state_[kEarly ? b : 0];
+      float4(&h)[2] = state_[b];
       if (works) {
         const float y = advance(h, states, local, b, x[b]);
         if (has_channel_ && sixteenth_ == 0)
@@ -202,24 +199,21 @@ class Step : Worker<Config> {
               (y + skip * x[b]) * silu_fast(z[b]);
       }
       if (b + 1 == d_.batch) hand_over(Meeting::y, Config::kWarps);
-      if constexpr (!kEarly) store_states(layer, b);
       states_.done();
     }
   }
 
-  // What a channel keeps, where registers can hold it, until y has come: 2 MB of stores from all blocks at
-  // once would be ahead of y on its way.
+  // What a channel keeps, once y has come: 2 MB of stores from all blocks at once would be ahead of y on its
+  // way.
   __device__ void store_kept(int layer) const {
-    if constexpr (kEarly) {
-#pragma unroll
-      for (int b = 0; b < kBatch; ++b)
-        if (b < d_.batch) store_states(layer, b);
-    }
-  }
-  __device__ void store_states(int layer, int b) const {
     if (!has_channel_) return;
-    store_state(state_[kEarly ? b : 0], layer, b);
-    shift(own_convolution(), layer, b, newest_[b]);
+    const Convolution c = own_convolution();
+#pragma unroll
+    for (int b = 0; b < kBatch; ++b) {
+      if (b >= d_.batch) break;
+      store_state(state_[b], layer, b);
+      shift(c, layer, b, newest_[b]);
+    }
   }
 
   // One channel's state: h = decay h + dt x B, this lane's columns and those 64 further; returns h C.
@@ -316,118 +310,28 @@ class Step : Worker<Config> {
     out_.done();
   }
 
-  // y times the gated norm's weights, as many of the spans at once as registers allow.
+  // y times the gated norm's weights.
   __device__ void receive_y(const Region& here, X (&spans)[Decode::kExpand]) const {
-    constexpr int kAtOnce = Config::kStagedSpans, kRows = kAtOnce * kBatch;
-    float squares[kBatch] = {}, scales[Decode::kExpand * kBatch];
+    constexpr int kRows = Decode::kExpand * kBatch;
+    float squares[kBatch] = {}, scales[kRows];
+    const uint32_t* from[kRows];
+    float4 y[kRows], norm[Decode::kExpand];
 #pragma unroll
-    for (int first = 0; first < Decode::kExpand; first += kAtOnce) {
-      const uint32_t* from[kRows];
-      float4 y[kRows];
-      float row_scales[kRows];
+    for (int i = 0; i < kRows; ++i)
+      from[i] = here.y + min(i % kBatch, d_.batch - 1) * Config::kInner + i / kBatch * Config::kModel +
+                warp_ * Decode::kSpan + 4 * lane_;
 #pragma unroll
-      for (int i = 0; i < kRows; ++i)
-        from[i] = here.y + min(i % kBatch, d_.batch - 1) * Config::kInner +
-                  (first + i / kBatch) * Config::kModel + warp_ * Decode::kSpan + 4 * lane_;
-      float4 norm[kAtOnce];
+    for (int i = 0; i < Decode::kExpand; ++i) norm[i] = weights(p_.at.gate_norm + i * Config::kModel * 2);
+    receive(y, from, here.epoch);
 #pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) norm[i] = weights(p_.at.gate_norm + (first + i) * Config::kModel * 2);
-      receive(y, from, here.epoch);
-#pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) {
-#pragma unroll
-        for (int b = 0; b < kBatch; ++b) {
-          float4& v = y[i * kBatch + b];
-          squares[b] += dot(v, v);
-          v = v * norm[i];
-        }
-      }
-      X::template set<kAtOnce>(spans + first, y, row_scales, staging());
-#pragma unroll
-      for (int i = 0; i < kRows; ++i) scales[first * kBatch + i] = row_scales[i];
+    for (int i = 0; i < kRows; ++i) {
+      squares[i % kBatch] += dot(y[i], y[i]);
+      y[i] = y[i] * norm[i / kBatch];
     }
+    X::template set<Decode::kExpand>(spans, y, scales, staging());
     put_stats(p_.y_stats, squares, scales);
   }
 };
-// The rows of B, C or dt from `index` on, which the compute warps have finished.
-__device__ inline void send_shared(const StepArgs& a, int index, const Region& here) {
-  meet(Meeting::shared, Decode::kTileRows / 2);
-  const float2* values = reinterpret_cast<const float2*>(shared_memory() + a.plan.sent_shared);
-  for (int i = threadIdx.x % 32; i < a.d.batch * Decode::kTileRows; i += 32) {
-    const int row = index + i % Decode::kTileRows, head = row - 2 * Decode::kStateSize;
-    const int sequence = i / Decode::kTileRows;
-    if (head < 0) {
-      send(a.exchange, here.shared + sequence * 2 * Decode::kStateSize + row, values[i].x, here.epoch);
-    } else if (head < a.d.heads) {
-      uint32_t* to = here.steps + (sequence * a.d.heads + head) * 2;
-      send(a.exchange, to, values[i].x, here.epoch);
-      send(a.exchange, to + 1, values[i].y, here.epoch);
-    }
-  }
-  __syncwarp();
-}
-
-template <class Config>
-__device__ void receive_shared(const StepArgs& a, int first, int channels, const Region& here) {
-  const int lane = threadIdx.x % 32, first_head = first / a.d.head_dim;
-  const int heads = (first + channels - 1) / a.d.head_dim - first_head + 1;
-  // A lane's four words are the steps of two heads.
-  const int pairs = (first_head + heads - 1) / 2 - first_head / 2 + 1;
-  for (int b = 0; b < a.d.batch; ++b) {
-    const uint32_t* words = here.shared + b * 2 * Decode::kStateSize + 4 * lane;
-    const int pair = first_head / 2 + min(lane, pairs - 1);
-    const uint32_t* const from[3] = {words, words + Decode::kStateSize,
-                                     here.steps + (b * a.d.heads + 2 * pair) * 2};
-    float4 in[3];
-    receive(in, from, here.epoch);
-    float4* to =
-        reinterpret_cast<float4*>(shared_memory() + a.plan.shared) + b * (Decode::kStateSize / 2) + lane;
-    to[0] = in[0];
-    to[Decode::kStateSize / 4] = in[1];
-    if (lane < pairs) {
-      float2* steps = reinterpret_cast<float2*>(shared_memory() + a.plan.steps) + b * Decode::kMaxHeads;
-      const int head = 2 * pair - first_head;
-      if (head >= 0) steps[head] = {in[2].x, in[2].y};
-      if (head + 1 < heads) steps[head + 1] = {in[2].z, in[2].w};
-    }
-  }
-  __syncwarp();
-}
-
-// The warp that sends what the block has for others, all of a kind at once: the fewer stores, the sooner the
-// last of them has arrived. It waits for B, C and the steps of the block's heads, too, and puts them in
-// shared memory: [b][2][kStateSize], and [b][heads] (dt, decay).
-template <class Config>
-__device__ void run_exchange(const StepArgs& a) {
-  const Work work(a);
-  const int lane = threadIdx.x % 32, first = work.units.first * Decode::kUnit;
-  const int channels = work.units.count * Decode::kUnit;
-  const uint32_t done = *a.exchange.counter;
-  for (int layer = 0; layer < a.d.layers; ++layer) {
-    const Region here = a.exchange.region(done + layer, 0);
-    if (work.shared_tile >= 0) send_shared(a, work.shared_tile * Decode::kTileRows, here);
-    if (channels) {
-      receive_shared<Config>(a, first, channels, a.exchange.region(done + layer));
-      meet(Meeting::received, Config::kWarps);
-      meet(Meeting::y, Config::kWarps);
-      const float* y = reinterpret_cast<const float*>(shared_memory() + a.plan.sent_y);
-      for (int i = lane; i < a.d.batch * channels; i += 32)
-        send(a.exchange, here.y + i / channels * Config::kInner + place(first + i % channels), y[i],
-             here.epoch);
-    }
-    if (work.outs) {
-      meet(Meeting::x, Config::kWarps);
-      const float* x = reinterpret_cast<const float*>(shared_memory() + a.plan.residual);
-      const int rows = work.outs * Decode::kTileRows;
-      for (int i = lane; i < a.d.batch * rows; i += 32) {
-        const int row = i % rows, sequence = i / rows;
-        send(a.exchange, here.x + sequence * Config::kModel + place(work.out_row(row)),
-             x[row * Config::kBatch + sequence], here.epoch);
-      }
-    }
-    __syncwarp();
-  }
-}
 
 template <class Config>
 __global__ void __launch_bounds__(32 * (Config::kWarps + 2), 1)

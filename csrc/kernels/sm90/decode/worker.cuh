@@ -3,7 +3,7 @@
 
 #include "kernels/sm90/common/math.cuh"
 #include "kernels/sm90/common/types.cuh"
-#include "kernels/sm90/decode/load.cuh"
+#include "kernels/sm90/decode/messages.cuh"
 #include "kernels/sm90/decode/product.cuh"
 
 namespace ternary::sm90 {
@@ -31,20 +31,6 @@ __device__ void lane_sums(float (&v)[n]) {
   for (int lanes = kLanes / 2; lanes; lanes /= 2)
 #pragma unroll
     for (int i = 0; i < n; ++i) v[i] += __shfl_xor_sync(~0u, v[i], lanes);
-}
-
-// Where the compute warps meet the one that exchanges values for the block.
-enum class Meeting { received = 2, y, x, shared };
-
-// `warps` compute warps and the exchanging one wait for each other.
-__device__ inline void meet(Meeting at, int warps) {
-  __syncwarp();
-  sync_threads(static_cast<int>(at), 32 * (warps + 1));
-}
-// A compute warp has put its part where the exchanging one finds it, and goes on.
-__device__ inline void hand_over(Meeting at, int warps) {
-  __syncwarp();
-  arrive_threads(static_cast<int>(at), 32 * (warps + 1));
 }
 
 template <class Config>
@@ -81,7 +67,6 @@ class Worker {
 
  protected:
   static constexpr int kBatch = Config::kBatch;
-  static constexpr bool kEarly = kBatch <= Decode::kFewRows;  // there are registers for sums made ahead
   static constexpr int kRounds = (Config::kSpans + 15) / 16;  // of a half warp over the spans
   using X = SpanOfX<kBatch>;
 
@@ -101,7 +86,7 @@ class Worker {
     return reinterpret_cast<const T*>(params_.item() + at);
   }
   __device__ uint8_t* staging() const {
-    return shared_memory() + p_.staging + warp_ * Config::kStagedSpans * kBatch * 2 * Decode::kSpan;
+    return shared_memory() + p_.staging + warp_ * Decode::kExpand * kBatch * 2 * Decode::kSpan;
   }
   __device__ bool has_span() const { return Config::kWarps == Config::kSpans || warp_ < Config::kSpans; }
   __device__ void sync() const {
@@ -247,9 +232,9 @@ class Worker {
   bool has_channel_;
   int in_group_[kRounds], out_group_[Decode::kExpand][kRounds];  // of the scales, of a lane's spans
   float one_scale_ = 0;
-  float older_[kBatch];                   // of the channel's convolution, without the newest input
-  float newest_[kBatch];                  // the newest input
-  float4 state_[kEarly ? kBatch : 1][2];  // the channel's, as it is to be stored
+  float older_[kBatch];      // of the channel's convolution, without the newest input
+  float newest_[kBatch];     // the newest input
+  float4 state_[kBatch][2];  // the channel's, as it is to be stored
 };
 
 }  // namespace ternary::sm90

@@ -1,0 +1,297 @@
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <type_traits>
+
+#include "kernels/causal_conv1d.h"
+#include "kernels/gemm.h"
+#include "kernels/norm.h"
+#include "kernels/sm90/common/launch.cuh"
+#include "kernels/sm90/decode/sequence.cuh"
+#include "kernels/sm90/decode/sequence.h"
+#include "kernels/sm90/gemm/select.h"
+
+namespace ternary::sm90 {
+
+// Element i of an array of `type`, or null of none. Void: void or const void.
+template <class Void>
+static Void* at(Void* data, DType type, int64_t i) {
+  using Byte = std::conditional_t<std::is_const_v<Void>, const char, char>;
+  return data ? static_cast<Byte*>(data) + i * size_of(type) : nullptr;
+}
+
+// Calls f with a value of the type of 16 bits.
+template <class Function>
+static int with_half(DType type, Function f) {
+  return type == DType::f16 ? f(__half{}) : f(__nv_bfloat16{});
+}
+
+static int channels_of_block(DType state_type) {
+  return state_type == DType::f32 ? Sequence::kChannels<float> : Sequence::kChannels<__half>;
+}
+
+class SequenceOfLaunches {
+ public:
+  explicit SequenceOfLaunches(const DecodeArgs& args)
+      : a_(args),
+        e_(int64_t{args.heads} * args.head_dim),
+        c_(e_ + 2 * args.state_size),
+        r_(e_ + c_ + args.heads),
+        blocks_(static_cast<int>(divide_up(e_, channels_of_block(args.state_type)))),
+        fused_(args.state_size == Sequence::kStateSize),
+        // The gated norm's 1 / rms may follow out_proj where what it would have scaled has bf16's range.
+        scaled_after_(fused_ && args.type == DType::bf16),
+        in_{.x = take(args.d_model),
+            .codes = args.in_codes,
+            .scales = args.in_scales,
+            .bias = nullptr,
+            .y = nullptr,
+            .type = args.type,
+            .scale_type = args.scale_type,
+            .bias_type = DType::f32,
+            .m = args.batch,
+            .n = r_,
+            .k = args.d_model,
+            .group = args.in_group,
+            .one_scale = args.in_one_scale},
+        out_{.x = take(e_),
+             .codes = args.out_codes,
+             .scales = args.out_scales,
+             .bias = nullptr,
+             .y = take(args.d_model),
+             .type = args.type,
+             .scale_type = args.scale_type,
+             .bias_type = DType::f32,
+             .m = args.batch,
+             .n = args.d_model,
+             .k = e_,
+             .group = args.out_group,
+             .one_scale = args.out_one_scale},
+        u_(const_cast<void*>(in_.x)),
+        zxBCdt_{take(r_), take(r_)},
+        y_(const_cast<void*>(out_.x)),
+        xBC_(fused_ ? nullptr : take(c_)),
+        squares_(scaled_after_ ? static_cast<float*>(take(2 * parts())) : nullptr) {}
+
+  // Both products are cut alike in all layers.
+  int plan() {
+    int error = plan_gemm_sm90(in_, &in_plan_);
+    if (error == cudaSuccess) error = plan_gemm_sm90(out_, &out_plan_);
+    in_.workspace = take_bytes(in_plan_.workspace);
+    out_.workspace = take_bytes(out_plan_.workspace);
+    return error;
+  }
+
+  int64_t bytes() const { return bytes_; }
+
+  int launch(cudaStream_t stream) {
+    stream_ = stream;
+    int error = cudaSuccess;
+    const auto run = [&error](int result) { return (error = result) == cudaSuccess; };
+    for (int64_t i = 0; i < a_.layers; ++i)
+      if (!run(norm(i)) || !run(project(in_, in_plan_, zxBCdt_[i % 2], i)) ||
+          !run(fused_ ? token(i) : token_in_parts(i)) || !run(scaled_after_ ? cudaSuccess : gated_norm(i)) ||
+          !run(project(out_, out_plan_, out_.y, i)))
+        return error;
+    return norm(a_.layers);
+  }
+
+ private:
+  void* take_bytes(int64_t bytes) {
+    void* const from = static_cast<char*>(a_.workspace) + bytes_;
+    bytes_ += (bytes + 127) / 128 * 128;
+    return from;
+  }
+  // Room for [b, columns] of 16 bits.
+  void* take(int64_t columns) { return take_bytes(a_.batch * columns * 2); }
+
+  void* conv_state(int64_t layer) const {
+    return at(a_.conv_state, a_.type, layer * a_.batch * (Sequence::kConvWidth - 1) * c_);
+  }
+  void* ssm_state(int64_t layer) const {
+    return at(a_.ssm_state, a_.state_type, layer * a_.batch * e_ * a_.state_size);
+  }
+
+  // Sums of squares of a row of y.
+  int parts() const { return blocks_ * channels_of_block(a_.state_type) / 32; }
+
+  // Of layer i, where there is one and no other kernel does it.
+  ShiftArgs shift(int64_t i) const {
+    if (i < 0 || !fused_) return {};
+    return {.inputs = at(zxBCdt_[i % 2], a_.type, 2 * e_),
+            .state = at(conv_state(i), a_.type, e_),
+            .stride = r_,
+            .channels = c_};
+  }
+
+  // Before layer i, or behind the last.
+  int norm(int64_t i) const {
+    const bool first = i == 0, last = i == a_.layers;
+    const NormArgs norm{.tokens = first ? a_.tokens : nullptr,
+                        .embedding = a_.embedding,
+                        .embedding_scale = a_.embedding_scale,
+                        .projection = out_.y,
+                        .squares = first ? nullptr : squares_,
+                        .x = a_.hidden,
+                        .weight = last ? nullptr : at(a_.norm, a_.type, i * a_.d_model),
+                        .u = u_,
+                        .shift = last ? shift(i - 1) : ShiftArgs{},
+                        .vocab = a_.vocab,
+                        .dim = a_.d_model,
+                        .d_inner = static_cast<int>(e_),
+                        .parts = parts(),
+                        .scale_type = a_.scale_type,
+                        .eps = a_.eps};
+    const int runs = (a_.d_model + Sequence::kRun - 1) / Sequence::kRun;
+    const unsigned threads = std::min((runs + 31) / 32 * 32, Sequence::kMaxThreads);
+    return with_half(a_.type, [&](auto element) -> int {
+      return launch_overlapping(norm_kernel<decltype(element)>, norm, a_.batch, threads, stream_);
+    });
+  }
+
+  int project(GemmArgs gemm, const GemmPlan& plan, void* y, int64_t i) const {
+    gemm.codes += i * gemm.n * (gemm.k / kWeightsPerByte);
+    gemm.scales = at(gemm.scales, gemm.scale_type, i * (gemm.one_scale ? 1 : gemm.n * (gemm.k / gemm.group)));
+    gemm.y = y;
+    return gemm_sm90(gemm, plan, stream_);
+  }
+
+  int token(int64_t i) const {
+    const auto blocks = static_cast<unsigned>(a_.batch * blocks_);
+    const TokenArgs token{.zxBCdt = zxBCdt_[i % 2],
+                          .conv_weight = at(a_.conv_weight, a_.type, i * c_ * Sequence::kConvWidth),
+                          .conv_bias = at(a_.conv_bias, a_.type, i * c_),
+                          .conv_state = conv_state(i),
+                          .dt_bias = a_.dt_bias + i * a_.heads,
+                          .A = a_.A + i * a_.heads,
+                          .D = a_.D + i * a_.heads,
+                          .states = ssm_state(i),
+                          .gate_norm = scaled_after_ ? at(a_.gate_norm, a_.type, i * e_) : nullptr,
+                          .y = y_,
+                          .squares = squares_,
+                          .shift = shift(i - 1),
+                          .blocks = blocks_,
+                          .heads = a_.heads,
+                          .head_dim = a_.head_dim,
+                          .dt_min = a_.dt_min,
+                          .dt_max = a_.dt_max};
+    return with_half(a_.type, [&](auto element) {
+      return with_type(a_.state_type, [&](auto state) -> int {
+        return launch_overlapping(token_kernel<decltype(element), decltype(state)>, token, blocks,
+                                  Sequence::kThreads, stream_);
+      });
+    });
+  }
+
+  // The same by the kernels of causal_conv1d_update and ssd_update, for other sizes of the state.
+  int token_in_parts(int64_t i) const {
+    const int64_t b = a_.batch, n = a_.state_size;
+    const int error = causal_conv1d_update_sm90({.x = at(zxBCdt_[i % 2], a_.type, e_),
+                                                 .weight = at(a_.conv_weight, a_.type, i * c_ * 4),
+                                                 .bias = at(a_.conv_bias, a_.type, i * c_),
+                                                 .initial_state = conv_state(i),
+                                                 .cu_seqlens = nullptr,
+                                                 .y = xBC_,
+                                                 .final_state = conv_state(i),
+                                                 .type = a_.type,
+                                                 .weight_type = a_.type,
+                                                 .state_type = a_.type,
+                                                 .x_stride = r_,
+                                                 .sequences = b,
+                                                 .length = 1,
+                                                 .channels = c_,
+                                                 .width = Sequence::kConvWidth,
+                                                 .silu = true},
+                                                stream_);
+    if (error != cudaSuccess) return error;
+    return ssd_update_sm90({.x = xBC_,
+                            .dt = at(zxBCdt_[i % 2], a_.type, e_ + c_),
+                            .A = a_.A + i * a_.heads,
+                            .B = at(xBC_, a_.type, e_),
+                            .C = at(xBC_, a_.type, e_ + n),
+                            .D = a_.D + i * a_.heads,
+                            .z = nullptr,
+                            .dt_bias = a_.dt_bias + i * a_.heads,
+                            .initial_state = ssm_state(i),
+                            .cu_seqlens = nullptr,
+                            .y = y_,
+                            .final_state = ssm_state(i),
+                            .type = a_.type,
+                            .state_type = a_.state_type,
+                            .x_stride = c_,
+                            .dt_stride = r_,
+                            .B_stride = c_,
+                            .C_stride = c_,
+                            .z_stride = 0,
+                            .sequences = b,
+                            .length = 1,
+                            .heads = a_.heads,
+                            .head_dim = a_.head_dim,
+                            .groups = 1,
+                            .state_size = n,
+                            .D_size = 1,
+                            .dt_min = a_.dt_min,
+                            .dt_max = a_.dt_max,
+                            .dt_softplus = true},
+                           stream_);
+  }
+
+  // In place: a thread reads what it writes before it does.
+  int gated_norm(int64_t i) const {
+    return rms_norm_gated_sm90({.y = y_,
+                                .z = zxBCdt_[i % 2],
+                                .weight = at(a_.gate_norm, a_.type, i * e_),
+                                .out = y_,
+                                .type = a_.type,
+                                .weight_type = a_.type,
+                                .y_stride = e_,
+                                .z_stride = r_,
+                                .rows = a_.batch,
+                                .dim = e_,
+                                .groups = 1,
+                                .eps = a_.eps,
+                                .norm_before_gate = false},
+                               stream_);
+  }
+
+  const DecodeArgs& a_;
+  int64_t bytes_ = 0;        // taken
+  const int64_t e_, c_, r_;  // as in DecodeArgs: d_inner, channels of the convolution, rows of in_proj
+  const int blocks_;         // of token_kernel, a sequence
+  const bool fused_, scaled_after_;
+  GemmArgs in_, out_;  // of the first layer
+  void* const u_;
+  void* const zxBCdt_[2];  // layers take turns: token_kernel moves the layer before's B and C
+  void *const y_, *const xBC_;
+  float* const squares_;
+  GemmPlan in_plan_, out_plan_;
+  cudaStream_t stream_ = nullptr;
+};
+
+const char* sequence_expects(const DecodeArgs& d) {
+  if (d.type == DType::f32) return "activations in 16 bits";
+  if (d.d_model % Sequence::kRun) return "d_model a multiple of 8";
+  const int64_t items = int64_t{d.batch} * d.heads * d.head_dim;
+  if (items >= int64_t{1} << 31) return "fewer than 2^31 channels in a batch";
+  const void* const tensors[] = {d.embedding, d.norm, d.conv_weight, d.ssm_state};
+  for (const void* p : tensors)
+    if (!is_aligned(p)) return "tensors that start at multiples of 16 bytes";
+  return nullptr;
+}
+
+int sequence_buffers(const DecodeArgs& d, int64_t* bytes) {
+  DecodeArgs unplaced = d;
+  unplaced.workspace = nullptr;
+  SequenceOfLaunches launches(unplaced);
+  const int error = launches.plan();
+  *bytes = launches.bytes();
+  return error;
+}
+
+int decode_sequence(const DecodeArgs& d, CUstream_st* stream) {
+  SequenceOfLaunches launches(d);
+  const int error = launches.plan();
+  return error == cudaSuccess ? launches.launch(stream) : error;
+}
+
+}  // namespace ternary::sm90
