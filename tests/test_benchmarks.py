@@ -113,6 +113,29 @@ def test_ops(monkeypatch, tmp_path):
     }
 
 
+def test_training(monkeypatch, tmp_path):
+    import timing
+    import training
+
+    sizes = {"mamba2-tiny": ("Mamba2", 256, 2), "mamba-tiny": ("Mamba1", 256, 2)}
+    monkeypatch.setattr(timing, "MODELS", sizes)
+    monkeypatch.setattr(training, "MODELS", sizes)
+    monkeypatch.setattr(training, "VOCAB", 500)
+    monkeypatch.setattr(timing, "ceilings", lambda device: (1e10, 1e11))
+    out = tmp_path / "training.json"
+    arguments = "--models tiny --batch 2 --length 16 --steps 2 --recompute 0,1 --fp8-teacher --device cpu"
+    monkeypatch.setattr(sys, "argv", ["training.py", *arguments.split(), "--out", str(out)])
+    training.main()
+    data = json.loads(out.read_text())
+    assert data["header"]["threads"] == torch.get_num_threads()
+    cases = [(r["bench"], r["model"], r["gpus"], r["strategy"], r["recompute"]) for r in data["records"]]
+    assert cases == [("training", name, 1, "single", share) for name in sizes for share in (0, 1)]
+    parts = ["teacher", "fake_quantize", "student_forward", "loss", "backward", "optimizer"]
+    for r in data["records"]:
+        assert r["tokens_per_second"] == pytest.approx(32 / r["step_ms"] * 1e3) and r["peak_gb"] is None
+        assert list(r["parts_ms"]) == parts and min(r["parts_ms"].values()) > 0 and r["overhead"] > 0
+
+
 def test_unknown_models_are_refused():
     command = [sys.executable, ROOT / "benchmarks" / "latency.py", "model", "--models", "mamba3"]
     result = subprocess.run(command, capture_output=True, text=True)

@@ -61,6 +61,49 @@ def test_quantize_matches_reference_anywhere(data):
             ops.quantize(weight, group, scale_dtype)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("scale_dtype", DTYPES)
+@pytest.mark.parametrize("n, k, group", SHAPES)
+def test_fake_quantize_is_what_packing_stores(n, k, group, scale_dtype, dtype, device):
+    latent = torch.randn(n, k, device=device)
+    weight = ops.fake_quantize(latent, group, scale_dtype, dtype)
+    assert_equal(weight, reference.fake_quantize(latent, group, scale_dtype, dtype))
+    assert_equal(weight, ops.dequantize(*ops.quantize(latent, group, scale_dtype), dtype))
+    shifted = torch.empty(n * k + 1, device=device)[1:].view(n, k).copy_(latent)  # not aligned to 16 bytes
+    assert_equal(ops.fake_quantize(shifted, group, scale_dtype, dtype), weight)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("m, k", [(0, 8), (1, 1), (3, 33), (5, 2048), (4, 4096), (2, 4104), (2, 10000)])
+def test_quantize_fp8_matches_reference(m, k, dtype, device):
+    x = torch.randn(m, k, device=device).to(dtype)
+    x[1:2] = 0
+    x[2:3, ::2] *= 2**-14
+    q, scale = ops.quantize_fp8(x)
+    expected, expected_scale = reference.quantize_fp8(x)
+    assert q.dtype == torch.float8_e4m3fn
+    assert_equal((q.view(torch.uint8), scale), (expected.view(torch.uint8), expected_scale))
+    if m:
+        x[-1, k // 2] = math.nan
+        q, scale = ops.quantize_fp8(x)
+        assert scale.isnan().flatten().tolist() == [False] * (m - 1) + [True]
+        assert q[-1].float().isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_gradient_of_fake_quantize_is_the_identity(dtype, device):
+    latent = torch.randn(5, 128, device=device).requires_grad_()
+    factor = torch.randn(5, 128, device=device)
+
+    def loss(latent):
+        return (ops.fake_quantize(latent, 64, torch.float16, dtype) * factor.to(dtype)).sum()
+
+    for function in (loss, torch.compile(loss, backend="aot_eager", fullgraph=True)):
+        latent.grad = None
+        function(latent).backward()
+        assert_equal(latent.grad, factor.to(dtype).float())
+
+
 def test_quantize_by_hand(device):
     """Half of the scale, exactly, rounds to 0; a group of zeros has scale 0."""
     weight = torch.tensor([8 * [3.0, -3, 1, -1] + 32 * [0.0]], device=device)
@@ -119,6 +162,8 @@ def test_no_rows(device):
     )
     codes = torch.empty(0, 16, dtype=torch.uint8, device=device)
     assert ops.pack(ops.unpack(codes)).shape == (0, 16)
+    empty = ops.fake_quantize(torch.empty(0, 64, device=device), 32, torch.float16, torch.bfloat16)
+    assert empty.shape == (0, 64) and empty.dtype == torch.bfloat16
     assert ops.dequantize(codes, torch.empty(0, 2, device=device), torch.float32).shape == (0, 64)
 
 
@@ -130,6 +175,7 @@ def test_every_isa_matches_reference(on_isa):
             weight = torch.randn(n, k).to(dtype)
             codes, scales = reference.quantize(weight, group, dtype)
             calls += [("quantize", (weight, group, dtype)), ("dequantize", (codes, scales, dtype))]
+            calls += [("fake_quantize", (weight.float(), group, torch.float16, dtype))]
         calls += [("unpack", (codes,)), ("pack", (reference.unpack(codes),))]
     assert_equal(on_isa(calls), [getattr(reference, name)(*args) for name, args in calls])
 
@@ -162,6 +208,15 @@ REFUSED = [
     ("quantize", (W[:, :62], 62, F16), "weight must have a positive multiple of 4 columns, not 62"),
     ("quantize", (W[:0], 0, F16), "weight must have a row to take the scale from, not [0, 64]"),
     *(("quantize", (W, group, F16), f"{GROUPS}, not {group}") for group in (-32, 1, 16, 48, 128)),
+    ("fake_quantize", (W.bfloat16(), 32, F16, F32), "latent must be Float, not BFloat16"),
+    ("fake_quantize", (W[0], 32, F16, F32), "latent must have 2 dimensions, not 1"),
+    (
+        "fake_quantize",
+        (W, 48, F16, F32),
+        "columns of latent, or 64 (one scale a row), or 0 (one for all), not 48",
+    ),
+    ("fake_quantize", (W, 32, F64, F32), "scale_dtype must be Float, BFloat16 or Half, not Double"),
+    ("fake_quantize", (W, 32, F16, F64), "dtype must be Float, BFloat16 or Half, not Double"),
     ("pack", (I8.int(),), "ternary must be Char, not Int"),
     ("pack", (I8[0],), "ternary must have 2 dimensions, not 1"),
     ("pack", (I8[:, :6],), "ternary must have a positive multiple of 4 columns, not 6"),
@@ -193,6 +248,8 @@ REFUSED_VALUES = [
         for dtype in DTYPES
         for group in (0, 32, 64)
     ),
+    ("fake_quantize", (poisoned(math.nan), 32, F16, F32), "latent[2, 37] is not finite"),
+    ("fake_quantize", (poisoned(1e30), 0, F16, F32), "that starts at latent[0, 0] is too large for Half"),
     ("quantize", (poisoned(1e30), 32, F16), "group of 32 that starts at weight[2, 32] is too large for Half"),
     ("quantize", (poisoned(1e30), 0, F16), "group of 320 that starts at weight[0, 0] is too large for Half"),
     *(
@@ -221,11 +278,16 @@ def test_refuses(op, args, message, device):
     [
         ("quantize", (W, 32, torch.float16)),
         ("quantize", (W, 0, torch.bfloat16)),
+        ("fake_quantize", (W, 32, torch.float16, torch.bfloat16)),
+        ("quantize_fp8", (W,)),
+        ("fake_quantize", (W.clone().requires_grad_(), 0, torch.float16, torch.float32)),
         ("pack", (I8,)),
         ("unpack", (CODES,)),
         ("dequantize", (CODES, SCALES, torch.bfloat16)),
     ],
 )
 def test_is_a_good_citizen(op, args, device):
-    args = [a.to(device) if isinstance(a, Tensor) else a for a in args]
+    args = [
+        a.to(device).detach().requires_grad_(a.requires_grad) if isinstance(a, Tensor) else a for a in args
+    ]
     torch.library.opcheck(getattr(ops, op).default, args)

@@ -14,8 +14,10 @@ constexpr int64_t kNothingRefused = INT64_MAX;
 struct QuantizeArgs {
   const void* weight;  // [n, k]
   DType weight_type;
-  uint8_t* codes;  // [n, k / 4], see codes.h
-  void* scales;    // [n, k / group], or [1] where one_scale
+  uint8_t* codes;  // [n, k / 4], see codes.h; null where ternary * scale is wanted instead
+  void* rounded;   // [n, k], that product
+  DType rounded_type;
+  void* scales;  // [n, k / group], or [1] where one_scale; null where nobody reads them
   DType scale_type;
   double* sums;  // [n, k / group]: of |w|, from absolute_sums to quantize
   // The first weight that is not finite, counted through the matrix, and the first scale that is beyond

@@ -20,44 +20,77 @@ inline void check_rows(const Tensor& t, const char* name) {
                   " must have a positive multiple of 4 columns, not ", t.size(1));
 }
 
-// The operators on any device; where there is `refused`, run has filled it, here on the host, when it
-// returns.
-template <void (*run)(const QuantizeArgs&, const Tensor& weight)>
-std::tuple<Tensor, Tensor> quantize(const Tensor& weight, int64_t group_size, ScalarType scale_dtype) {
-  const DType weight_type = float_type(weight, "weight"), scale_type = float_type(scale_dtype, "scale_dtype");
-  check_rows(weight, "weight");
+// What rounds a weight, its outputs not yet filled in.
+inline QuantizeArgs check_rounding(const Tensor& weight, int64_t group_size, ScalarType scale_dtype,
+                                   const char* name) {
+  const DType weight_type = float_type(weight, name), scale_type = float_type(scale_dtype, "scale_dtype");
+  check_rows(weight, name);
   const int64_t n = weight.size(0), k = weight.size(1);
   const bool one_scale = group_size == 0;
   STD_TORCH_CHECK(
       one_scale || group_size == k || (group_size > 0 && group_size % 32 == 0 && k % group_size == 0),
-      "group_size must be a multiple of 32 that divides the ", k, " columns of weight, or ", k,
+      "group_size must be a multiple of 32 that divides the ", k, " columns of ", name, ", or ", k,
       " (one scale a row), or 0 (one for all), not ", group_size);
-  STD_TORCH_CHECK(n > 0 || !one_scale, "weight must have a row to take the scale from, not ", shape(weight));
+  STD_TORCH_CHECK(n > 0 || !one_scale, name, " must have a row to take the scale from, not ", shape(weight));
+  return {.weight = nullptr,
+          .weight_type = weight_type,
+          .codes = nullptr,
+          .rounded = nullptr,
+          .rounded_type = weight_type,
+          .scales = nullptr,
+          .scale_type = scale_type,
+          .sums = nullptr,
+          .refused = nullptr,
+          .n = n,
+          .k = k,
+          .group = one_scale ? k : group_size,
+          .one_scale = one_scale};
+}
 
-  const int64_t group = one_scale ? k : group_size, groups = k / group;
-  Tensor codes = torch::stable::new_empty(weight, {n, k / kWeightsPerByte}, ScalarType::Byte);
-  Tensor scales = torch::stable::new_empty(weight, {one_scale ? 1 : n, groups}, scale_dtype);
-  if (n == 0) return {codes, scales};
+// Hands the weight to run, and says what it refused.
+template <void (*run)(const QuantizeArgs&, const Tensor& weight)>
+void run_rounding(QuantizeArgs& args, const Tensor& weight, ScalarType scale_dtype, const char* name) {
   const Tensor rows = torch::stable::contiguous(weight);
-  Tensor sums = torch::stable::new_empty(weight, {n, groups}, ScalarType::Double);
+  Tensor sums = torch::stable::new_empty(weight, {args.n, args.k / args.group}, ScalarType::Double);
   int64_t refused[2] = {kNothingRefused, kNothingRefused};
-  run({.weight = rows.const_data_ptr(),
-       .weight_type = weight_type,
-       .codes = codes.mutable_data_ptr<uint8_t>(),
-       .scales = scales.mutable_data_ptr(),
-       .scale_type = scale_type,
-       .sums = sums.mutable_data_ptr<double>(),
-       .refused = refused,
-       .n = n,
-       .k = k,
-       .group = group,
-       .one_scale = one_scale},
-      weight);
-  STD_TORCH_CHECK(refused[0] == kNothingRefused, "weight", place(refused[0], k), " is not finite");
-  STD_TORCH_CHECK(refused[1] == kNothingRefused, "the scale of the group of ", one_scale ? n * k : group,
-                  " that starts at weight", place(refused[1] * group, k), " is too large for ",
-                  toString(scale_dtype));
+  args.weight = rows.const_data_ptr();
+  args.sums = sums.mutable_data_ptr<double>();
+  args.refused = refused;
+  run(args, weight);
+  STD_TORCH_CHECK(refused[0] == kNothingRefused, name, place(refused[0], args.k), " is not finite");
+  STD_TORCH_CHECK(refused[1] == kNothingRefused, "the scale of the group of ",
+                  args.one_scale ? args.n * args.k : args.group, " that starts at ", name,
+                  place(refused[1] * args.group, args.k), " is too large for ", toString(scale_dtype));
+}
+
+// The operators on any device; where there is `refused`, run has filled it, here on the host, when it
+// returns.
+template <void (*run)(const QuantizeArgs&, const Tensor& weight)>
+std::tuple<Tensor, Tensor> quantize(const Tensor& weight, int64_t group_size, ScalarType scale_dtype) {
+  QuantizeArgs args = check_rounding(weight, group_size, scale_dtype, "weight");
+  Tensor codes = torch::stable::new_empty(weight, {args.n, args.k / kWeightsPerByte}, ScalarType::Byte);
+  Tensor scales =
+      torch::stable::new_empty(weight, {args.one_scale ? 1 : args.n, args.k / args.group}, scale_dtype);
+  if (args.n == 0) return {codes, scales};
+  args.codes = codes.mutable_data_ptr<uint8_t>();
+  args.scales = scales.mutable_data_ptr();
+  run_rounding<run>(args, weight, scale_dtype, "weight");
   return {codes, scales};
+}
+
+template <void (*run)(const QuantizeArgs&, const Tensor& latent)>
+Tensor fake_quantize(const Tensor& latent, int64_t group_size, ScalarType scale_dtype, ScalarType dtype) {
+  check_type(latent, ScalarType::Float, "latent");
+  QuantizeArgs args = check_rounding(latent, group_size, scale_dtype, "latent");
+  args.rounded_type = float_type(dtype, "dtype");
+  Tensor weight = torch::stable::new_empty(latent, {args.n, args.k}, dtype);
+  if (args.n == 0) return weight;
+  args.rounded = weight.mutable_data_ptr();
+  // Between the kernels of one scale for the whole matrix.
+  Tensor scale = torch::stable::new_empty(latent, {1}, scale_dtype);
+  if (args.one_scale) args.scales = scale.mutable_data_ptr();
+  run_rounding<run>(args, latent, scale_dtype, "latent");
+  return weight;
 }
 
 template <void (*run)(const PackArgs&, const Tensor& ternary)>

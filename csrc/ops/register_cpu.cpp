@@ -207,6 +207,7 @@ static void run_decode(const DecodeArgs& a, const Tensor& workspace) {
 STABLE_TORCH_LIBRARY_IMPL(ternary, CPU, m) {
   using namespace ternary;
   m.impl("quantize", TORCH_BOX(&quantize<run_quantize>));
+  m.impl("fake_quantize", TORCH_BOX(&fake_quantize<run_quantize>));
   m.impl("pack", TORCH_BOX((&pack<run_rows<PackArgs, pack_cpu>>)));
   m.impl("unpack", TORCH_BOX((&unpack<run_rows<UnpackArgs, unpack_cpu>>)));
   m.impl("dequantize", TORCH_BOX((&dequantize<run_rows<DequantizeArgs, dequantize_cpu>>)));

@@ -8,8 +8,10 @@
 #include "ops/choose.h"
 #include "ops/decode.h"
 #include "ops/gemm.h"
+#include "ops/loss.h"
 #include "ops/norm.h"
 #include "ops/quantize.h"
+#include "ops/quantize_fp8.h"
 #include "ops/selective_scan.h"
 #include "ops/ssd.h"
 
@@ -74,9 +76,11 @@ static void run_decode(const DecodeArgs& args, const Tensor& workspace) {
 STABLE_TORCH_LIBRARY_IMPL(ternary, CUDA, m) {
   using namespace ternary;
   m.impl("quantize", TORCH_BOX((&quantize<run<QuantizeArgs, quantize_sm90>>)));
+  m.impl("fake_quantize", TORCH_BOX((&fake_quantize<run<QuantizeArgs, quantize_sm90>>)));
   m.impl("pack", TORCH_BOX((&pack<run<PackArgs, pack_sm90>>)));
   m.impl("unpack", TORCH_BOX((&unpack<run<UnpackArgs, unpack_sm90>>)));
   m.impl("dequantize", TORCH_BOX((&dequantize<run<DequantizeArgs, dequantize_sm90>>)));
+  m.impl("quantize_fp8", TORCH_BOX((&quantize_fp8<run<QuantizeFp8Args, quantize_fp8_sm90>>)));
   m.impl("gemm", TORCH_BOX((&gemm<run_gemm, true>)));
   m.impl("decode", TORCH_BOX((&decode<run_decode>)));
   m.impl("choose", TORCH_BOX((&choose<run<ChooseArgs, choose_sm90>>)));
@@ -87,6 +91,7 @@ STABLE_TORCH_LIBRARY_IMPL(ternary, CUDA, m) {
          TORCH_BOX((&selective_scan_update<run<SelectiveScanArgs, selective_scan_update_sm90>>)));
   m.impl("rms_norm_gated", TORCH_BOX((&rms_norm_gated<run<RmsNormGatedArgs, rms_norm_gated_sm90>>)));
   m.impl("add_rms_norm", TORCH_BOX((&add_rms_norm<run<AddRmsNormArgs, add_rms_norm_sm90>>)));
+  m.impl("distillation", TORCH_BOX((&distillation<run<DistillationArgs, distillation_sm90>>)));
   m.impl("causal_conv1d", TORCH_BOX((&causal_conv1d<run<CausalConv1dArgs, causal_conv1d_sm90>>)));
   m.impl("causal_conv1d_update",
          TORCH_BOX((&causal_conv1d_update<run<CausalConv1dArgs, causal_conv1d_update_sm90>>)));

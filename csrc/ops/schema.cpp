@@ -5,9 +5,11 @@
 
 STABLE_TORCH_LIBRARY(ternary, m) {
   m.def("quantize(Tensor weight, int group_size, ScalarType scale_dtype) -> (Tensor codes, Tensor scales)");
+  m.def("fake_quantize(Tensor latent, int group_size, ScalarType scale_dtype, ScalarType dtype) -> Tensor");
   m.def("pack(Tensor ternary) -> Tensor");
   m.def("unpack(Tensor codes) -> Tensor");
   m.def("dequantize(Tensor codes, Tensor scales, ScalarType dtype) -> Tensor");
+  m.def("quantize_fp8(Tensor x) -> (Tensor q, Tensor scale)");
   m.def("gemm(Tensor x, Tensor codes, Tensor scales, Tensor? bias=None, str activations=\"a16\") -> Tensor");
 
   m.def(
@@ -41,6 +43,9 @@ STABLE_TORCH_LIBRARY(ternary, m) {
   m.def(
       "rms_norm_gated(Tensor y, Tensor z, Tensor weight, int groups, float eps, bool norm_before_gate) "
       "-> Tensor");
+  m.def(
+      "distillation(Tensor(a!) student, Tensor teacher, Tensor labels, float kl_weight, float temperature) "
+      "-> (Tensor kl, Tensor ce)");
   m.def("add_rms_norm(Tensor x, Tensor(a!) residual, Tensor weight, float eps) -> Tensor");
 
   m.def(

@@ -18,16 +18,16 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn.utils import parametrize
 from tqdm import tqdm
 
-from . import runs
+from . import runs, training
 from .config import TernaryConfig
 from .data import TokenStream, load_tokens
 from .evaluate import nats_per_token
+from .fp8 import fp8_
+from .loss import distillation_loss
 from .models import MambaLM
 from .quantizer import FakeQuantize
 from .surgery import pack_, quantize_, quantized_layers
@@ -60,6 +60,8 @@ class DistillConfig:
     kl_weight, temperature: loss = kl_weight T^2 KL(teacher || student at T) + (1 - kl_weight) cross-entropy.
     dtype: "float32", or "bfloat16" for the teacher and, by autocast, the student's activations; the student's
         weights and the optimizer stay float32.
+    recompute: of the student's blocks, the share that keeps less for the backward pass and computes it again.
+    fp8_teacher: the teacher's projections are multiplied in e4m3.
     """
 
     ternary: TernaryConfig
@@ -76,6 +78,8 @@ class DistillConfig:
     seed: int = 0
     device: str = "cpu"
     dtype: str = "float32"
+    recompute: float = 0.0
+    fp8_teacher: bool = False
     log_every: int = 10
     save_every: int = 500
     eval_every: int = 500
@@ -85,7 +89,11 @@ class DistillConfig:
         rules = (
             ("a positive integer", lambda v: isinstance(v, int) and v > 0, counts),
             ("a positive number", lambda v: 0 < v < math.inf, ("learning_rate", "grad_clip", "temperature")),
-            ("a number from 0 to 1", lambda v: 0 <= v <= 1, ("min_lr_ratio", "warmup_ratio", "kl_weight")),
+            (
+                "a number from 0 to 1",
+                lambda v: 0 <= v <= 1,
+                ("min_lr_ratio", "warmup_ratio", "kl_weight", "recompute"),
+            ),
             ("a number of at least 0", lambda v: 0 <= v < math.inf, ("weight_decay",)),
             ("an integer from 0 to 2^32 - 1", lambda v: isinstance(v, int) and 0 <= v < 1 << 32, ("seed",)),
             ("'float32' or 'bfloat16'", lambda v: v in ("float32", "bfloat16"), ("dtype",)),
@@ -113,68 +121,6 @@ class DistillConfig:
         return self.learning_rate * (self.min_lr_ratio + (1 - self.min_lr_ratio) * cosine)
 
 
-def distillation_loss(
-    hidden_s: Tensor,
-    hidden_t: Tensor,
-    head_s: Tensor,
-    head_t: Tensor,
-    labels: Tensor,
-    kl_weight: float = 0.5,
-    temperature: float = 1.0,
-    chunk: int = 1024,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, KL, CE), means over labels [...]: loss = kl_weight T^2 KL + (1 - kl_weight) CE.
-
-    KL = KL(softmax(teacher / T) || softmax(student / T)), in nats. hidden [..., d] and head [v, d], where the
-    two d may differ; a label is the token that follows its position. Only loss has a gradient, to hidden_s
-    and head_s. Logits exist for `chunk` positions at a time, never for the whole batch.
-    """
-    if head_s.shape[0] != head_t.shape[0]:
-        raise ValueError(f"the student has {head_s.shape[0]} logits, the teacher {head_t.shape[0]}")
-    student, teacher = (hidden_s.flatten(0, -2), head_s), (hidden_t.flatten(0, -2), head_t)
-    return _ChunkedLoss.apply(*student, *teacher, labels.flatten(), kl_weight, temperature, chunk)
-
-
-class _ChunkedLoss(torch.autograd.Function):
-    """Takes the gradient of each chunk while its logits are at hand: none are kept or computed twice."""
-
-    @staticmethod
-    def forward(ctx, x, head_s, hidden_t, head_t, labels, kl_weight, T, chunk):
-        kind, acc = x.device.type, torch.promote_types(x.dtype, torch.float32)
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-        w = head_s.to(dtype)
-        grad_x, grad_w = torch.empty_like(x), torch.zeros_like(head_s, dtype=acc)
-        kl, ce = torch.zeros(2, dtype=acc, device=x.device)
-        for begin in range(0, len(labels), chunk):
-            rows = slice(begin, begin + chunk)
-            chunk_x, target = x[rows].to(dtype), labels[rows].unsqueeze(1)
-            logits = F.linear(chunk_x, w).to(acc)
-            log_t = (F.linear(hidden_t[rows], head_t).to(acc) / T).log_softmax(-1)
-            log_s = logits.log_softmax(-1)
-            soft_s = log_s if T == 1 else (logits / T).log_softmax(-1)
-            p_t = log_t.exp()
-            kl += (p_t * (log_t - soft_s)).sum()
-            ce -= log_s.gather(1, target).sum()
-            # d loss / d logits = kl_weight T (soft_s - p_t) + (1 - kl_weight) (p_s - one-hot)
-            grad = (soft_s.exp() - p_t).mul_(kl_weight * T).add_(log_s.exp(), alpha=1 - kl_weight)
-            grad.scatter_add_(1, target, torch.full_like(target, kl_weight - 1, dtype=acc))
-            grad = grad.to(dtype)
-            grad_x[rows] = grad @ w
-            grad_w += grad.T @ chunk_x
-        ctx.count = len(labels)
-        ctx.save_for_backward(grad_x, grad_w)
-        kl, ce = kl / ctx.count, ce / ctx.count
-        ctx.mark_non_differentiable(kl, ce)
-        return kl_weight * T**2 * kl + (1 - kl_weight) * ce, kl, ce
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_loss, _kl, _ce):
-        grad_x, grad_w = ctx.saved_tensors
-        scale = grad_loss / ctx.count
-        return grad_x * scale, grad_w * scale, None, None, None, None, None, None
-
-
 class Distiller:
     """A run in memory: teacher, student under quantization-aware training, optimizer, step.
 
@@ -200,7 +146,10 @@ class Distiller:
         self._warned: set[str] = set()
         student = copy.deepcopy(teacher).float().requires_grad_(True).to(config.device)
         self.student = quantize_(student, config.ternary).train()
+        self.student.backbone.recompute = config.recompute
         self.teacher = teacher.to(config.device, getattr(torch, config.dtype)).eval().requires_grad_(False)
+        if config.fp8_teacher:
+            fp8_(self.teacher)
         decayed, plain = [], []
         for name, p in self.student.named_parameters():
             exempt = name.endswith(("A_log", "weight.0.scale", "weight.0.logit"))  # these: FakeQuantize's
@@ -254,13 +203,14 @@ class Distiller:
         ids, lr = self.stream.batch(self.step).to(c.device), c.learning_rate_at(self.step)
         inputs, labels = ids[:, :-1], ids[:, 1:]
         with torch.inference_mode():
-            hidden_t = self.teacher.backbone(inputs)
+            hidden_t = training.frozen(self.teacher.backbone, inputs)
         autocast = torch.autocast(ids.device.type, torch.bfloat16, enabled=c.dtype == "bfloat16")
-        with autocast, parametrize.cached():  # cached: each weight is rounded once
-            hidden_s = self.student.backbone(inputs)
-            heads = _head(self.student), _head(self.teacher)
-            losses = distillation_loss(hidden_s, hidden_t, *heads, labels, c.kl_weight, c.temperature)
-        losses[0].backward()
+        with parametrize.cached():  # each weight is rounded once, for a forward that backward repeats as well
+            with autocast:
+                hidden_s = self.student.backbone(inputs)
+                heads = _head(self.student), _head(self.teacher)
+                losses = distillation_loss(hidden_s, hidden_t, *heads, labels, c.kl_weight, c.temperature)
+            losses[0].backward()
         norm = torch.nn.utils.clip_grad_norm_(self.student.parameters(), c.grad_clip)
         loss, kl, ce, norm = torch.stack([*losses, norm]).tolist()
         if not (math.isfinite(loss) and math.isfinite(norm)):

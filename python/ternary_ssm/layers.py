@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import reference
 from .config import MambaConfig, TernaryConfig
 from .quantizer import FakeQuantize, TernaryWeight
 
@@ -117,9 +118,10 @@ class GatedRMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(config.d_inner, device=device, dtype=dtype))
 
     def forward(self, y: Tensor, z: Tensor) -> Tensor:
-        return torch.ops.ternary.rms_norm_gated(
-            y, z, self.weight, self.groups, self.eps, self.norm_before_gate
-        )
+        # In training the operator would compute its result first and the plain form again for the gradient.
+        plain = torch.is_grad_enabled() and self.weight.requires_grad
+        norm = reference.rms_norm_gated if plain else torch.ops.ternary.rms_norm_gated
+        return norm(y, z, self.weight, self.groups, self.eps, self.norm_before_gate)
 
 
 class _Mixer(nn.Module):

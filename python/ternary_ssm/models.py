@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import checkpoints, generation
+from . import checkpoints, generation, training
 from .config import MambaConfig, TernaryConfig
 from .layers import Int8Table, Mamba, Mamba2, TernaryMamba, TernaryMamba2
 
@@ -66,8 +66,12 @@ class Block(nn.Module):
 class Backbone(nn.Module):
     """Embedding, blocks and the last norm."""
 
+    # Of the blocks, in training: the share that backward computes again, as far as that pays (training.py).
+    recompute: float = 0.0
+
     def __init__(self, config: MambaConfig, ternary: TernaryConfig | None, device, dtype) -> None:
         super().__init__()
+        self.config = config
         self.embeddings = _table(config, ternary, nn.Embedding, device, dtype)
         self.layers = nn.ModuleList(
             Block(config, ternary, f"backbone.layers.{i}", device, dtype) for i in range(config.n_layer)
@@ -79,6 +83,13 @@ class Backbone(nn.Module):
     ) -> Tensor:
         """ids [b, l] -> hidden states [b, l, d_model]."""
         dtype = self.norm_f.weight.dtype
+        if (
+            torch.is_grad_enabled()
+            and cache is None
+            and cu_seqlens is None
+            and isinstance(self.embeddings, nn.Embedding)
+        ):
+            return training.run(self, ids)
         x = self.embeddings(ids, dtype) if isinstance(self.embeddings, Int8Table) else self.embeddings(ids)
         for i, block in enumerate(self.layers):
             states = (None, None) if cache is None else (cache.conv[i], cache.ssm[i])

@@ -13,7 +13,8 @@ from . import reference
 
 _OPERATORS = ("quantize", "pack", "unpack", "dequantize", "gemm", "causal_conv1d", "causal_conv1d_update")
 _OPERATORS += ("selective_scan", "selective_scan_fused", "selective_scan_update", "ssd", "ssd_update")
-_OPERATORS += ("rms_norm_gated", "add_rms_norm", "decode", "choose")
+_OPERATORS += ("rms_norm_gated", "add_rms_norm", "decode", "choose", "fake_quantize", "distillation")
+_OPERATORS += ("quantize_fp8",)
 
 
 @torch.library.register_fake("ternary::quantize")
@@ -21,6 +22,24 @@ def _(weight: Tensor, group_size: int, scale_dtype: torch.dtype) -> tuple[Tensor
     n, k = weight.shape
     scales = (1, 1) if group_size == 0 else (n, k // group_size)
     return weight.new_empty(n, k // 4, dtype=torch.uint8), weight.new_empty(scales, dtype=scale_dtype)
+
+
+@torch.library.register_fake("ternary::fake_quantize")
+def _(latent: Tensor, group_size: int, scale_dtype: torch.dtype, dtype: torch.dtype) -> Tensor:
+    return latent.new_empty(latent.shape, dtype=dtype)
+
+
+def _straight_through(ctx, grad: Tensor):
+    return grad.float(), None, None, None
+
+
+torch.library.register_autograd("ternary::fake_quantize", _straight_through)
+
+
+@torch.library.register_fake("ternary::distillation")
+def _(student: Tensor, teacher: Tensor, labels: Tensor, kl_weight: float, temperature: float):
+    dtype = torch.promote_types(student.dtype, torch.float32)
+    return student.new_empty(len(student), dtype=dtype), student.new_empty(len(student), dtype=dtype)
 
 
 @torch.library.register_fake("ternary::pack")
@@ -39,6 +58,11 @@ def _(codes: Tensor) -> Tensor:
 def _(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     n, k = codes.shape
     return codes.new_empty(n, k * 4, dtype=dtype)
+
+
+@torch.library.register_fake("ternary::quantize_fp8")
+def _(x: Tensor) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape, dtype=torch.float8_e4m3fn), x.new_empty(len(x), 1, dtype=torch.float32)
 
 
 @torch.library.register_fake("ternary::gemm")

@@ -158,6 +158,12 @@ class FakeQuantize(nn.Module):
         return None
 
     def forward(self, latent: Tensor) -> Tensor:
+        kind, dtype = latent.device.type, self.dtype
+        if dtype == torch.float32 and torch.is_autocast_enabled(kind):
+            dtype = torch.get_autocast_dtype(kind)  # what autocast would round an fp32 weight to
+        if self.config.rule == "absmean":
+            group = self.config.group_of(latent.shape[1])
+            return torch.ops.ternary.fake_quantize(latent, group, self.config.torch_scale_dtype, dtype)
         scales = self.scales(latent)
         ternary = TernaryWeight.from_float(latent, self.config, scales)
-        return _StraightThrough.apply(latent, scales, ternary, self.dtype)
+        return _StraightThrough.apply(latent, scales, ternary, dtype)

@@ -37,6 +37,14 @@ def quantize(weight: Tensor, group_size: int, scale_dtype: torch.dtype) -> tuple
     return pack(ternary.reshape(n, k)), scales
 
 
+def fake_quantize(latent: Tensor, group_size: int, scale_dtype: torch.dtype, dtype: torch.dtype) -> Tensor:
+    """What a latent weight [n, k] in fp32 is once it has been packed: dequantize(quantize(latent)).
+
+    The gradient goes straight through (arXiv 1308.3432): that of the latent weight is that of the result.
+    """
+    return dequantize(*quantize(latent, group_size, scale_dtype), dtype)
+
+
 def pack(ternary: Tensor) -> Tensor:
     """int8 [n, k] in {-1, 0, +1} -> uint8 [n, k / 4]: weight i of a row at bits 2 (i mod 4) of byte i / 4,
     0 -> 00, +1 -> 01, -1 -> 11."""
@@ -58,6 +66,14 @@ def dequantize(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     return grouped.flatten(1).to(dtype)
 
 
+def quantize_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x [..., k] -> q e4m3 [..., k], scale [..., 1] = max |x| / 448 of a row; x ~ q * scale."""
+    x = x.to(_accumulate(x))
+    most = x.abs().amax(-1, keepdim=True)
+    scale = (most / torch.full_like(most, 448)).clamp(min=2**-100)  # "/ 448" is "* (1 / 448)" on a GPU
+    return (x * (1 / scale)).clamp(-448, 448).to(torch.float8_e4m3fn), scale
+
+
 def gemm(
     x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None = None, activations: str = "a16"
 ) -> Tensor:
@@ -68,9 +84,8 @@ def gemm(
     acc = _accumulate(x)
     x_acc, x_scale = x.to(acc), 1
     if activations == "fp8":
-        most = x_acc.abs().amax(-1, keepdim=True)
-        x_scale = (most / torch.full_like(most, 448)).clamp(min=2**-100)  # "/ 448" is "* (1 / 448)" on a GPU
-        x_acc = (x_acc * (1 / x_scale)).clamp(-448, 448).to(torch.float8_e4m3fn).to(acc)
+        q, x_scale = quantize_fp8(x)
+        x_acc = q.to(acc)
     y = F.linear(x_acc, dequantize(codes, scales, acc)) * x_scale
     return (y if bias is None else y + bias.to(acc)).to(x.dtype)
 
@@ -310,6 +325,26 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Ten
     acc = _accumulate(residual)
     residual.copy_(residual.to(acc) + x.to(acc))
     return (F.rms_norm(residual.to(acc), residual.shape[-1:], eps=eps) * weight.to(acc)).to(weight.dtype)
+
+
+def distillation(
+    student: Tensor, teacher: Tensor, labels: Tensor, kl_weight: float, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """Logits student, teacher [rows, v], labels int64 [rows] -> KL [rows], CE [rows] in fp32.
+
+    KL = KL(softmax(teacher / T) || softmax(student / T)); CE = -log softmax(student)[label]. `student`
+    becomes d (kl_weight T^2 KL + (1 - kl_weight) CE) / d student.
+    """
+    acc, T, target = _accumulate(student), temperature, labels.unsqueeze(1)
+    logits, log_t = student.to(acc), (teacher.to(acc) / T).log_softmax(-1)
+    log_s = logits.log_softmax(-1)
+    soft_s = log_s if T == 1 else (logits / T).log_softmax(-1)
+    p_t = log_t.exp()
+    kl, ce = (p_t * (log_t - soft_s)).sum(-1), -log_s.gather(1, target).squeeze(1)
+    # d / d logits = kl_weight T (soft_s - p_t) + (1 - kl_weight) (p_s - one-hot)
+    grad = (soft_s.exp() - p_t).mul_(kl_weight * T).add_(log_s.exp(), alpha=1 - kl_weight)
+    student.copy_(grad.scatter_add_(1, target, torch.full_like(target, kl_weight - 1, dtype=acc)))
+    return kl, ce
 
 
 def decode(

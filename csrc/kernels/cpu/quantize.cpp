@@ -55,7 +55,12 @@ void encode(const QuantizeArgs& a, int64_t first, int64_t n, float scale) {
     // |w| / scale > 1/2 without the quotient's rounding: doubling is exact.
     for (int64_t j = 0; j < count; ++j)
       ternary[j] = 2 * __builtin_fabsf(w[j]) > scale ? (w[j] > 0 ? 1 : -1) : 0;
-    for (int64_t j = 0; j < count; j += 4) a.codes[(first + i + j) / 4] = pack_byte(ternary + j);
+    if (a.codes) {
+      for (int64_t j = 0; j < count; j += 4) a.codes[(first + i + j) / 4] = pack_byte(ternary + j);
+    } else {
+      for (int64_t j = 0; j < count; ++j) w[j] = static_cast<float>(ternary[j]) * scale;
+      store_floats(w, count, a.rounded, a.rounded_type, first + i);
+    }
   }
 }
 
@@ -80,7 +85,7 @@ void quantize(const QuantizeArgs& a, int64_t begin, int64_t end) {
       scale = rounded(mean(a, i), a.scale_type);
       if (!finite(scale)) refuse(&a.refused[1], a.one_scale ? 0 : i);
     }
-    if (!a.one_scale || i == 0) store_float(scale, a.scales, a.scale_type, i);
+    if (a.scales && (!a.one_scale || i == 0)) store_float(scale, a.scales, a.scale_type, i);
     encode(a, i * a.group, a.group, scale);
   }
 }

@@ -3,6 +3,8 @@
 // pack takes signs.
 #include <cuda_runtime_api.h>
 
+#include <type_traits>
+
 #include "kernels/codes.h"
 #include "kernels/quantize.h"
 #include "kernels/sm90/common/types.cuh"
@@ -39,36 +41,72 @@ __device__ inline float rounded(float v, DType type) {
 }
 
 __device__ inline void store_scale(float scale, const QuantizeArgs& a, int64_t i) {
+  if (!a.scales) return;
   if (a.scale_type == DType::f32) static_cast<float*>(a.scales)[i] = scale;
   if (a.scale_type == DType::f16) static_cast<__half*>(a.scales)[i] = from_float<__half>(scale);
   if (a.scale_type == DType::bf16)
     static_cast<__nv_bfloat16*>(a.scales)[i] = from_float<__nv_bfloat16>(scale);
 }
 
-template <class Element, int kLanes, bool kAligned>
-__device__ void encode(const QuantizeArgs& a, int64_t first, int64_t n, float scale) {
-  using Four = Run<Element, 4, kAligned>;
-  const Element* weight = static_cast<const Element*>(a.weight) + first;
-  for (int64_t i = threadIdx.x % kLanes * 4; i < n; i += kLanes * 4) {
-    const Four w = *reinterpret_cast<const Four*>(weight + i);
-    int8_t ternary[4];
-    for (int j = 0; j < 4; ++j) {
-      const float v = to_float(w.at[j]);
-      ternary[j] =
-          2 * fabsf(v) > scale ? (v > 0 ? 1 : -1) : 0;  // doubling is exact, a quotient would be rounded
-    }
-    a.codes[(first + i) / 4] = pack_byte(ternary);
+// Weights i .. i + 3 as codes, where Output is Code, or as ternary * scale in that dtype.
+using Code = uint8_t;
+
+template <class Output, class Four>
+__device__ void encode_four(const QuantizeArgs& a, int64_t i, const Four& w, float scale) {
+  int8_t ternary[4];
+  for (int j = 0; j < 4; ++j) {
+    const float v = to_float(w.at[j]);
+    ternary[j] =
+        2 * fabsf(v) > scale ? (v > 0 ? 1 : -1) : 0;  // doubling is exact, a quotient would be rounded
+  }
+  if constexpr (std::is_same_v<Output, Code>) {
+    a.codes[i / 4] = pack_byte(ternary);
+  } else {
+    Run<Output, 4, true> products;
+    for (int j = 0; j < 4; ++j) products.at[j] = from_float<Output>(static_cast<float>(ternary[j]) * scale);
+    *reinterpret_cast<Run<Output, 4, true>*>(static_cast<Output*>(a.rounded) + i) = products;
   }
 }
 
+template <class Element, class Output, int kLanes, bool kAligned>
+__device__ void encode(const QuantizeArgs& a, int64_t first, int64_t n, float scale) {
+  using Four = Run<Element, 4, kAligned>;
+  const Element* weight = static_cast<const Element*>(a.weight) + first;
+  for (int64_t i = threadIdx.x % kLanes * 4; i < n; i += kLanes * 4)
+    encode_four<Output>(a, first + i, *reinterpret_cast<const Four*>(weight + i), scale);
+}
+
 // kLanes lanes a group. Those past the last group repeat it, so that every lane takes part in the shuffles.
-template <class Element, int kLanes, bool kAligned>
+template <class Element, class Output, int kLanes, bool kAligned>
 __global__ void quantize_kernel(QuantizeArgs a) {
   const int64_t group = min(thread_index() / kLanes, a.n * (a.k / a.group) - 1);
   const double sum = absolute_sum<Element, kLanes, kAligned>(a, group * a.group, a.group);
   const float scale = rounded(static_cast<float>(sum / static_cast<double>(a.group)), a.scale_type);
   if (threadIdx.x % kLanes == 0) store_scale(scale, a, group);
-  encode<Element, kLanes, kAligned>(a, group * a.group, a.group, scale);
+  encode<Element, Output, kLanes, kAligned>(a, group * a.group, a.group, scale);
+}
+
+// The same for groups of kGroup weights, which stay in registers: every weight is read once, several loads of
+// a lane at a time.
+template <class Element, class Output, int kGroup, bool kAligned>
+__global__ void quantize_held_kernel(QuantizeArgs a) {
+  constexpr int kLanes = 8, kRuns = kGroup / (4 * kLanes);  // 8 lanes read 128 bytes of fp32 in a row
+  using Four = Run<Element, 4, kAligned>;
+  const int64_t group = min(thread_index() / kLanes, a.n * (a.k / kGroup) - 1);
+  const int64_t first = group * kGroup + threadIdx.x % kLanes * 4;
+  Four w[kRuns];
+#pragma unroll
+  for (int i = 0; i < kRuns; ++i)
+    w[i] = *reinterpret_cast<const Four*>(static_cast<const Element*>(a.weight) + first + i * kLanes * 4);
+  double sum = 0;
+#pragma unroll
+  for (int i = 0; i < kRuns; ++i)
+    for (int j = 0; j < 4; ++j) sum += fabsf(to_float(w[i].at[j]));
+  for (int lanes = kLanes / 2; lanes > 0; lanes /= 2) sum += __shfl_xor_sync(kWarp, sum, lanes);
+  const float scale = rounded(static_cast<float>(sum / kGroup), a.scale_type);
+  if (threadIdx.x % kLanes == 0) store_scale(scale, a, group);
+#pragma unroll
+  for (int i = 0; i < kRuns; ++i) encode_four<Output>(a, first + i * kLanes * 4, w[i], scale);
 }
 
 // One scale for the whole matrix: a warp sums a row, one block sums the rows' sums, a warp encodes a row.
@@ -93,25 +131,27 @@ __global__ void one_scale_kernel(QuantizeArgs a) {
   }
 }
 
-template <class Element, bool kAligned>
+template <class Element, class Output, bool kAligned>
 __global__ void encode_rows_kernel(QuantizeArgs a) {
   const int64_t row = min(thread_index() / 32, a.n - 1);
-  encode<Element, 32, kAligned>(a, row * a.k, a.k, load_float(a.scales, a.scale_type, 0));
+  encode<Element, Output, 32, kAligned>(a, row * a.k, a.k, load_float(a.scales, a.scale_type, 0));
 }
 
-template <class Element, bool kAligned>
+template <class Element, class Output, bool kAligned>
 static void launch_quantize(const QuantizeArgs& a, cudaStream_t stream) {
   const int64_t groups = a.n * (a.k / a.group);
   if (a.one_scale) {
     sum_rows_kernel<Element, kAligned><<<blocks_for(a.n * 32), kThreads, 0, stream>>>(a);
     one_scale_kernel<<<1, kThreads, 0, stream>>>(a);
-    encode_rows_kernel<Element, kAligned><<<blocks_for(a.n * 32), kThreads, 0, stream>>>(a);
+    encode_rows_kernel<Element, Output, kAligned><<<blocks_for(a.n * 32), kThreads, 0, stream>>>(a);
   } else if (a.group <= 32) {
-    quantize_kernel<Element, 8, kAligned><<<blocks_for(groups * 8), kThreads, 0, stream>>>(a);
+    quantize_kernel<Element, Output, 8, kAligned><<<blocks_for(groups * 8), kThreads, 0, stream>>>(a);
   } else if (a.group <= 64) {
-    quantize_kernel<Element, 16, kAligned><<<blocks_for(groups * 16), kThreads, 0, stream>>>(a);
+    quantize_kernel<Element, Output, 16, kAligned><<<blocks_for(groups * 16), kThreads, 0, stream>>>(a);
+  } else if (a.group == 128) {
+    quantize_held_kernel<Element, Output, 128, kAligned><<<blocks_for(groups * 8), kThreads, 0, stream>>>(a);
   } else {
-    quantize_kernel<Element, 32, kAligned><<<blocks_for(groups * 32), kThreads, 0, stream>>>(a);
+    quantize_kernel<Element, Output, 32, kAligned><<<blocks_for(groups * 32), kThreads, 0, stream>>>(a);
   }
 }
 
@@ -159,15 +199,24 @@ __global__ void dequantize_kernel(DequantizeArgs a, int64_t threads) {
 
 }  // namespace sm90
 
+template <class Element, class Output>
+static int quantize_to(const QuantizeArgs& args, CUstream_st* stream) {
+  if (sm90::is_aligned(args.weight)) {
+    sm90::launch_quantize<Element, Output, true>(args, stream);
+  } else {
+    sm90::launch_quantize<Element, Output, false>(args, stream);
+  }
+  return cudaGetLastError();
+}
+
 int quantize_sm90(const QuantizeArgs& args, CUstream_st* stream) {
+  if (!args.codes) {  // fake_quantize, of fp32 alone
+    return sm90::with_type(args.rounded_type, [&](auto output) -> int {
+      return quantize_to<float, decltype(output)>(args, stream);
+    });
+  }
   return sm90::with_type(args.weight_type, [&](auto element) -> int {
-    using Element = decltype(element);
-    if (sm90::is_aligned(args.weight)) {
-      sm90::launch_quantize<Element, true>(args, stream);
-    } else {
-      sm90::launch_quantize<Element, false>(args, stream);
-    }
-    return cudaGetLastError();
+    return quantize_to<decltype(element), sm90::Code>(args, stream);
   });
 }
 
