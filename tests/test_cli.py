@@ -260,9 +260,11 @@ def test_distill_hands_over_its_flags(capsys, monkeypatch):
         tokens: int
         learning_rate: float = 2.5e-4
         device: str = "cpu"
+        loud: bool = False
 
     calls = []
     fake = SimpleNamespace(DistillConfig=DistillConfig, distill=lambda *a, **k: calls.append((a, k)))
+    fake.replay = lambda *a, **k: calls.append((a, k)) or {"step": 7}
     monkeypatch.setitem(sys.modules, "ternary_ssm.distill", fake)
     argv = ["distill", "--teacher", "t", "--data", "d.npy", "--out", "o", "--tokens", "1000"]
     assert cli.main(argv) == 0
@@ -270,7 +272,18 @@ def test_distill_hands_over_its_flags(capsys, monkeypatch):
     more = ["--eval-data", "e.npy", "--resume", "--learning-rate", "1e-3", "--group-size", "tensor"]
     assert cli.main([*argv, *more, "--rule", "bounded"]) == 0
     config = DistillConfig(TernaryConfig(group_size="tensor", rule="bounded"), 1000, 1e-3)
-    assert calls.pop() == (("t", "d.npy", "o", config), {"eval_data": "e.npy", "resume": True})
+    extras = no_extras() | {"eval_data": "e.npy", "resume": True}
+    assert calls.pop() == (("t", "d.npy", "o", config), extras)
+    assert cli.main([*argv, "--loud", "--teacher-cache", "c"]) == 0
+    (*_, config), extras = calls.pop()
+    assert config.loud and extras == no_extras() | {"teacher_cache": "c"}
+    capsys.readouterr()
+    assert cli.main([*argv, "--no-loud", "--replay", "x.json"]) == 0
+    assert "'step': 7" in capsys.readouterr().out
+    assert calls.pop() == (
+        ("t", "d.npy", "o", DistillConfig(TernaryConfig(), 1000), "x.json"),
+        {"teacher_cache": None},
+    )
 
     fails(capsys, "--device is cuda:99", *argv, "--device", "cuda:99")
     fails(capsys, "is the source as well", "distill", "--teacher", "o", *argv[3:])
@@ -280,7 +293,7 @@ def test_distill_hands_over_its_flags(capsys, monkeypatch):
 
 
 def no_extras() -> dict:
-    return {"eval_data": None, "resume": False}
+    return {"eval_data": None, "resume": False, "teacher_cache": None}
 
 
 # flags

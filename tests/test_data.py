@@ -2,6 +2,8 @@ import bz2
 import gzip
 import json
 import lzma
+import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from ternary_ssm import data
-from ternary_ssm.data import DataError, TokenStream, load_tokens
+from ternary_ssm.data import DataError, TokenStream, load_tokens, sequence_bounds
 
 WORDS = ["<|endoftext|>", "<unk>", *(f"w{i}" for i in range(8))]
 EOS, VOCAB = 0, len(WORDS)
@@ -71,7 +73,7 @@ def test_token_files_are_mapped(tmp_path, vocab, dtype):
 BAD_FILES = {
     "empty": ("a.txt", b"", "a.txt: is empty"),
     "only blank lines": ("a.jsonl", b"\n \n", "holds no tokens"),
-    "kind": ("a.csv", b"1,2", "expected .npy, .bin, .txt or .jsonl"),
+    "kind": ("a.csv", b"1,2", "expected .npy, .bin, .txt, .jsonl"),
     "compressed tokens": ("a.npy.gz", b"1", "expected .npy"),
     "not UTF-8": ("a.txt", b"w0\n\xff\xfe\n", "line 2: cannot be read ('utf-8'"),
     "not JSON": ("a.jsonl", b'{"text": "w0"}\n{"text": \n', "line 2: expected {"),
@@ -166,3 +168,105 @@ def test_fingerprint_sees_values_not_storage():
     assert name == TokenStream(tokens.astype(np.int64), 4, 1).fingerprint()
     tokens[49] = 0
     assert name != TokenStream(tokens, 4, 1).fingerprint()
+
+
+# --- data sets ----------------------------------------------------------------------------------------------
+
+TEXTS = ["w0 w1", "", "w2", *(f"w{i % 8}" for i in range(3000))]  # more than one batch of rows
+IDS = [t for text in TEXTS for t in [*(2 + int(w[1:]) for w in text.split()), EOS]]
+
+
+def write_parquet(path, texts, column="text"):
+    pa = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    table = pa.table({"id": range(len(texts)), column: pa.array(texts, pa.string())})
+    parquet.write_table(table, path, row_group_size=700)
+    return path
+
+
+def test_parquet(tmp_path, tokenizer, monkeypatch):
+    path = write_parquet(tmp_path / "a.parquet", TEXTS)
+    assert load_tokens(path, VOCAB, tokenizer).tolist() == IDS
+    bad = [
+        (
+            write_parquet(tmp_path / "b.parquet", ["w0"], "content"),
+            r"b\.parquet: expected a column .text., found",
+        ),
+        (write_parquet(tmp_path / "c.parquet", ["w0", None]), r"c\.parquet, row 1: expected a text"),
+        (write(tmp_path / "d.parquet", b"PAR1 nonsense PAR1"), r"d\.parquet: cannot be read"),
+        (write(tmp_path / "e.parquet.gz", b"PAR1"), r"e\.parquet\.gz: expected \.npy"),
+    ]
+    for file, message in bad:
+        with pytest.raises(DataError, match=message):
+            load_tokens(file, VOCAB, tokenizer)
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(DataError, match=r"needs pyarrow: pip install 'ternary-ssm\[data\]'"):
+        load_tokens(path, VOCAB, tokenizer)
+
+
+def test_directory_of_files_in_the_order_of_their_names(tmp_path, tokenizer):
+    write_parquet(tmp_path / "b.parquet", ["w3"])
+    write(tmp_path / "a.jsonl.gz", b'{"text": "w1"}')
+    write(tmp_path / "c.txt", b"w5 w6")
+    write(tmp_path / "README.md", b"w7")
+    assert load_tokens(tmp_path, VOCAB, tokenizer).tolist() == [3, EOS, 5, EOS, 7, 8, EOS]
+    write(tmp_path / "d.jsonl", b"{}")
+    with pytest.raises(DataError, match=r"d\.jsonl, line 1"):
+        load_tokens(tmp_path, VOCAB, tokenizer)
+
+
+def test_saved_data_sets(tmp_path, tokenizer):
+    datasets = pytest.importorskip("datasets")
+    datasets.disable_progress_bars()
+    data = datasets.Dataset.from_dict({"text": TEXTS})
+    data.save_to_disk(tmp_path / "one")
+    datasets.DatasetDict({"test": data.select([0]), "train": data}).save_to_disk(tmp_path / "several")
+    for name in ("one", "several"):
+        assert load_tokens(tmp_path / name, VOCAB, tokenizer).tolist() == IDS
+
+
+def test_hub_data_sets_are_streamed_up_to_the_limit(tokenizer, monkeypatch):
+    monkeypatch.setattr(data, "_BATCH", 10)
+    asked, read = [], []
+
+    def load_dataset(*args, **options):
+        asked.append((args, options["split"], options["streaming"]))
+        return (read.append(i) or {"text": f"w{i % 8} w0"} for i in range(10**9))
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    names = {"hf:a/b": (None, "train"), "hf:a/b:test": (None, "test"), "hf:a/b:en:test": ("en", "test")}
+    for name, (config, split) in names.items():
+        read.clear()
+        assert load_tokens(name, VOCAB, tokenizer, limit=7).tolist() == [2, 2, EOS, 3, 2, EOS, 4]
+        assert asked[-1] == (("a/b", config), split, True) and len(read) < 10
+    for name in ("hf:", "hf:a:b:c:d"):
+        with pytest.raises(DataError, match="expected hf:NAME"):
+            load_tokens(name, VOCAB, tokenizer)
+    fake = SimpleNamespace(load_dataset=lambda *a, **k: iter([{"body": "w0"}]))
+    monkeypatch.setitem(sys.modules, "datasets", fake)
+    with pytest.raises(DataError, match=r"hf:a, row 0: expected a text in .text., found columns \['body'\]"):
+        load_tokens("hf:a", VOCAB, tokenizer)
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(DataError, match=r"hf:a: needs datasets: pip install 'ternary-ssm\[data\]'"):
+        load_tokens("hf:a", VOCAB, tokenizer)
+
+
+def test_hub_data_set_that_cannot_be_reached(tokenizer, monkeypatch):
+    def load_dataset(*args, **options):
+        raise ConnectionError("no network")
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    with pytest.raises(DataError, match=r"hf:a: cannot be read \(no network\)"):
+        load_tokens("hf:a", VOCAB, tokenizer)
+
+
+@given(st.integers(1, 4), st.integers(1, 9), st.integers(0, 2**32 - 1))
+@settings(max_examples=50, deadline=None)
+def test_sequences_end_with_rows_and_documents(b, l, seed):
+    ids = torch.from_numpy(np.random.RandomState(seed).randint(0, 4, (b, l)))
+    bounds = sequence_bounds(ids, (1, 3)).tolist()
+    flat, expected = ids.flatten().tolist(), [0]
+    for i, token in enumerate(flat):
+        if token in (1, 3) or (i + 1) % l == 0:
+            expected.append(i + 1)
+    assert bounds == expected

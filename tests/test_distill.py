@@ -50,9 +50,11 @@ def make_distiller(out: Path, steps: int = 6, seed: int = 0, data_seed: int = 0,
     tokens = np.random.RandomState(data_seed).randint(0, VOCAB, 500).astype(np.uint16)
     eval_tokens = options.pop("eval_tokens", None)
     ternary = options.pop("ternary", TERNARY)
-    options = {"learning_rate": 3e-3, "log_every": 1, "save_every": 2} | options
+    more = {name: options.pop(name) for name in ("teacher_cache", "document_ends") if name in options}
+    options = {"learning_rate": 3e-3, "log_every": 1, "save_every": 2, "monitor_every": 1} | options
     config = DistillConfig(ternary, steps * BATCH * LENGTH, LENGTH, BATCH, **options)
-    return Distiller(teacher, TokenStream(tokens, LENGTH, BATCH, config.seed), config, out, eval_tokens)
+    stream = TokenStream(tokens, LENGTH, BATCH, config.seed)
+    return Distiller(teacher, stream, config, out, eval_tokens, **more)
 
 
 def logged(out: Path) -> list[dict]:
@@ -225,10 +227,13 @@ def test_distilling_brings_the_student_to_the_teacher(tmp_path, dtype):
 
 
 def test_metrics_plot_and_evaluation(tmp_path, monkeypatch):
-    d = make_distiller(tmp_path, steps=5, eval_every=2, log_every=2, eval_tokens=np.arange(100))
+    d = make_distiller(
+        tmp_path, steps=5, eval_every=2, log_every=2, monitor_every=3, eval_tokens=np.arange(100)
+    )
     d.train()
     records = runs.read_metrics(tmp_path)
     assert [r["step"] for r in records if "loss" in r] == [1, 2, 4, 5]
+    assert [r["step"] for r in records if "zero_ratio" in r] == [1, 3, 5]
     evals = [r for r in records if "eval_nats" in r]
     assert [r["step"] for r in evals] == [2, 4, 5]
     assert evals[-1]["eval_nats"] == nats_per_token(d.student, np.arange(100), LENGTH, BATCH)
@@ -279,7 +284,9 @@ def test_zero_ratio_alarm_of_other_rules(tmp_path, rule):
             weight.view(-1)[torch.arange(weight.numel()) % 10 < 9] = 0
     expected = (layer.weight == 0).float().mean().item()
     assert expected > 0.8
-    assert d.zero_ratios()["backbone.layers.1.mixer.out_proj"] == pytest.approx(expected)
+    d.train_step()
+    assert d.rounding.ratios()["backbone.layers.1.mixer.out_proj"] == pytest.approx(expected)
+    d.step = 0
     with pytest.raises(DistillError, match=r"of the codes of .*layers\.1\.mixer\.out_proj are zero"):
         d.train()
     with warnings.catch_warnings():

@@ -12,8 +12,8 @@ from ternary_ssm import TernaryConfig, pack_, quantize_, reference
 from ternary_ssm.layers import TernaryLinear
 from ternary_ssm.quantizer import FakeQuantize, TernaryWeight
 
-RULES = ["absmean", "twn", "mse", "learned", "bounded"]
-FREE, TRAINED = RULES[:3], {"learned": "scale", "bounded": "logit"}
+RULES = ["absmean", "twn", "mse", "binary", "learned", "bounded"]
+FREE, TRAINED = RULES[:4], {"learned": "scale", "bounded": "logit"}
 GROUPS = [32, 96, "row", "tensor"]
 
 
@@ -44,6 +44,7 @@ def test_by_hand():
         "absmean": ([1, -1, 1, 1, 0, 0, 0, 0], 9 / 8),
         "twn": ([1, -1, 1, 1, 0, 0, 0, 0], 2),  # threshold 0.7875
         "mse": ([1, 0, 0, 0, 0, 0, 0, 0], 5),  # 25 / 1 against 64 / 4
+        "binary": ([1, -1, 1, 1, -1, 1, 0, 0], 9 / 8),
     }
     for rule, (codes, scale) in by_rule.items():
         found = codes_and_scales(weight, rule)

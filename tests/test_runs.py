@@ -1,11 +1,14 @@
 """What a training run leaves behind when it is interrupted, killed or damaged, and how it goes on."""
 
+import contextlib
+import multiprocessing
 import os
 import random
 import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -65,11 +68,49 @@ test_distill.make_distiller(Path(sys.argv[2]), steps=10_000, save_every=1).train
 """
 
 
+def save_forever(out: Path, saved) -> None:
+    """Tells the steps whose checkpoints it has saved."""
+    torch.set_num_threads(1)
+    found = runs.load_checkpoint(out)
+    step = 0 if found is None else found[1]["step"]
+    while True:
+        step += 1
+        runs.save_checkpoint(out, step, {"step": step, "weights": torch.full((1 << 16,), float(step))})
+        saved.send(step)
+
+
+def test_fifty_kills_lose_no_saved_checkpoint(tmp_path):
+    """SIGKILL at random moments of a process that only saves: what it said to have saved can be read."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["ternary_ssm.trainer", "pytest"])
+    chance, saved = random.Random(0), 0
+    for _ in range(50):
+        receiver, sender = context.Pipe(duplex=False)
+        process = context.Process(target=save_forever, args=(tmp_path, sender))
+        process.start()
+        sender.close()
+        assert receiver.poll(60)
+        time.sleep(chance.uniform(0, 0.03))
+        process.kill()
+        process.join()
+        with contextlib.suppress(EOFError):
+            while True:
+                saved = receiver.recv()
+        assert 1 <= len(runs.checkpoints(tmp_path)) <= 3
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # of a damaged checkpoint
+            _, state = runs.load_checkpoint(tmp_path)
+        assert state["step"] in (saved, saved + 1)
+        assert (state["weights"] == state["step"]).all()
+        assert {p.name for p in tmp_path.iterdir()} == {"checkpoints"}
+    assert saved > 50
+
+
 def test_kill_never_leaves_a_torn_checkpoint(tmp_path):
-    """SIGKILL at random moments of a run that does little but save."""
+    """SIGKILL at a random moment of a run that does little but save."""
     chance, reached = random.Random(0), 0
     command = [sys.executable, "-c", KILLED, Path(__file__).parent]
-    for _ in range(3):
+    for _ in range(2):
         process = subprocess.Popen([*command, tmp_path], stderr=subprocess.PIPE)
         deadline = time.monotonic() + 120
         while not any(int(p.stem[5:]) > reached for p in runs.checkpoints(tmp_path)):

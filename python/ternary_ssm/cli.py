@@ -174,21 +174,31 @@ def _distill_arguments(parser: argparse.ArgumentParser) -> None:
     from .distill import DistillConfig
 
     parser.add_argument("--teacher", required=True, metavar="DIR", help="the dense model")
-    parser.add_argument("--data", required=True, metavar="FILE", help=".npy, .bin, .txt or .jsonl")
+    words = ".npy, .bin, .txt, .jsonl, .parquet, a directory of such text, or hf:NAME[[:CONFIG]:SPLIT]"
+    parser.add_argument("--data", required=True, metavar="FILE", help=words)
     parser.add_argument("--eval-data", metavar="FILE")
     parser.add_argument("--out", required=True, metavar="DIR")
     parser.add_argument("--resume", action="store_true", help="go on from the last state in --out")
+    parser.add_argument(
+        "--replay", metavar="FILE", help="do the one step again that left this file in dumps/"
+    )
+    words = "where the teacher's logits go under --teacher-top-k; default: teacher_cache in --out"
+    parser.add_argument("--teacher-cache", metavar="DIR", help=words)
     add_flags(parser, DistillConfig)
 
 
 def _distill(args: argparse.Namespace) -> None:
-    """Train a ternary student of a dense model."""
-    from .distill import DistillConfig, distill
+    """Train a ternary student of a dense model; under torchrun, on several GPUs."""
+    from .distill import DistillConfig, distill, replay
 
     config = from_flags(DistillConfig, args)
     _device(config.device)
     _not_the_same(args.teacher, args.out)
-    distill(args.teacher, args.data, args.out, config, eval_data=args.eval_data, resume=args.resume)
+    inputs, cache = (args.teacher, args.data, args.out, config), args.teacher_cache
+    if args.replay is not None:
+        print(replay(*inputs, args.replay, teacher_cache=cache))
+    else:
+        distill(*inputs, eval_data=args.eval_data, resume=args.resume, teacher_cache=cache)
 
 
 def _export_arguments(parser: argparse.ArgumentParser) -> None:

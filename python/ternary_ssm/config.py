@@ -194,8 +194,8 @@ class TernaryConfig:
         scale a row) or "tensor" (one a tensor).
     rule: "absmean": scale = mean |w| of the group, code = round(clip(w / scale, -1, 1)) (arXiv 2402.17764,
         2606.18114). "twn": code 0 up to 0.7 mean |w|, scale = mean |w| of the rest (arXiv 1605.04711). "mse":
-        the codes and scale of least squared error. "learned", "bounded": as absmean with a trained scale, or
-        absmean times a trained factor between 0 and 2.
+        the codes and scale of least squared error. "binary": the sign, scale = mean |w|. "learned",
+        "bounded": as absmean with a trained scale, or absmean times a trained factor between 0 and 2.
     scale_dtype: "float16", "bfloat16" or "float32", in training, in files and in memory.
     modules: the Linear layers that become ternary, by last name ("in_proj") or in full.
     embedding: "float" leaves embedding and head as they are, "int8" stores them with one scale a row.
@@ -211,7 +211,7 @@ class TernaryConfig:
         g = self.group_size
         if g not in ("row", "tensor") and (not isinstance(g, int) or isinstance(g, bool) or g <= 0 or g % 32):
             raise ValueError(f"group_size is {g!r}, expected a positive multiple of 32, 'row' or 'tensor'")
-        _one_of("rule", self.rule, ("absmean", "twn", "mse", "learned", "bounded"))
+        _one_of("rule", self.rule, ("absmean", "twn", "mse", "binary", "learned", "bounded"))
         _one_of("scale_dtype", self.scale_dtype, ("float16", "bfloat16", "float32"))
         _one_of("embedding", self.embedding, ("float", "int8"))
         names = self.modules

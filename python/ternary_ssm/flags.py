@@ -22,8 +22,13 @@ def add_flags(parser: argparse.ArgumentParser, config: type) -> None:
         found = re.search(rf"^(?:\w+, )*{field.name}(?:, \w+)*: (.*(?:\n +.*)*)", doc, re.M)
         words = [" ".join(found[1].split()).replace("%", "%%")] if found else []
         required = field.default is MISSING
+        flag = "--" + field.name.replace("_", "-")
+        if hints[field.name] is bool:
+            yes_or_no = argparse.BooleanOptionalAction
+            parser.add_argument(flag, action=yes_or_no, default=argparse.SUPPRESS, help=" ".join(words))
+            continue
         parser.add_argument(
-            "--" + field.name.replace("_", "-"),
+            flag,
             type=_reader(hints[field.name], field.type),
             required=required,
             default=argparse.SUPPRESS,  # absent, the class's own default holds

@@ -36,7 +36,7 @@ class TernaryWeight:
             scales = _round_scales(scales.detach().clamp(min=0), w, dtype)
             kept = 2 * magnitude > scales.float().unsqueeze(-1)  # round(clip(w / scale, -1, 1)) is not 0
         else:
-            kept = (_keep_twn if config.rule == "twn" else _keep_mse)(magnitude)
+            kept = _KEEP[config.rule](magnitude)
             mean = (magnitude * kept).sum(-1, dtype=torch.float64) / kept.sum(-1).clamp(min=1)
             scales = _round_scales(mean, w, dtype)
         ternary = torch.where(kept, w.sign(), 0).to(torch.int8)
@@ -76,6 +76,14 @@ def _keep_mse(magnitude: Tensor) -> Tensor:
     k = torch.arange(1, magnitude.shape[-1] + 1, dtype=torch.float64, device=magnitude.device)
     gain = largest.cumsum(-1, dtype=torch.float64).square() / k
     return magnitude >= largest.gather(-1, gain.argmax(-1, keepdim=True))
+
+
+def _keep_all(magnitude: Tensor) -> Tensor:
+    """Binary weights (XNOR-Net, arXiv 1603.05279): code sign(w), scale mean |w|; 0 stays 0."""
+    return torch.ones_like(magnitude, dtype=torch.bool)
+
+
+_KEEP = {"twn": _keep_twn, "mse": _keep_mse, "binary": _keep_all}
 
 
 def _round_scales(scales: Tensor, w: Tensor, dtype: torch.dtype) -> Tensor:

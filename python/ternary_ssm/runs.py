@@ -46,7 +46,7 @@ def load_checkpoint(out: Path) -> tuple[Path, dict[str, Any]] | None:
             with zipfile.ZipFile(path) as archive:  # torch.load itself does not look at the checksums
                 if (member := archive.testzip()) is not None:
                     raise zipfile.BadZipFile(f"wrong checksum of {member}")
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            state = read_checkpoint(path)
         except _DAMAGED as error:
             warnings.warn(f"{path} is damaged, going back to the one before it ({error})", stacklevel=2)
             continue
@@ -56,6 +56,28 @@ def load_checkpoint(out: Path) -> tuple[Path, dict[str, Any]] | None:
     if found:
         raise RuntimeError(f"{out}: none of its {len(found)} checkpoints can be read")
     return None
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def save_dump(out: Path, step: int, about: dict[str, Any], state: dict[str, Any]) -> Path:
+    """Writes the state before a step that failed, and a JSON file about it, whose path it returns."""
+    path = out / "dumps" / f"step-{step:09d}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _replacing(path.with_suffix(".pt")) as file:
+        torch.save(state, file)
+    with _replacing(path) as file:
+        file.write(json.dumps(about | {"state": path.with_suffix(".pt").name}).encode())
+    return path
+
+
+def save_array(path: Path, array: np.ndarray) -> None:
+    """Writes a .npy whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _replacing(path) as file:
+        np.save(file, array)
 
 
 def append_metrics(out: Path, record: dict[str, Any]) -> None:
@@ -113,35 +135,45 @@ def plot_metrics(out: Path, alarm: float) -> None:
         warnings.warn("plot.png needs matplotlib: pip install 'ternary-ssm[train]'", stacklevel=2)
         return
     records = read_metrics(out)
-    logs, evals = ([r for r in records if key in r] for key in ("loss", "eval_nats"))
+    logs, evals, counts = ([r for r in records if key in r] for key in ("loss", "eval_nats", "zero_ratio"))
     tokens = [r["tokens"] for r in logs]
-    figure = Figure(figsize=(12, 4.5), layout="constrained")
-    losses, zeros = figure.subplots(1, 2)
+    figure = Figure(figsize=(12, 9), layout="constrained")
+    (losses, speed), (zeros, histogram) = figure.subplots(2, 2)
     for key, label in (("ce", "cross-entropy"), ("loss", "loss"), ("kl", "KL(teacher || student)")):
         losses.plot(tokens, [r[key] for r in logs], label=label, linewidth=1)
     if evals:
         held_out = [r["eval_nats"] for r in evals]
         losses.plot([r["tokens"] for r in evals], held_out, "k.-", label="held-out cross-entropy")
-    losses.set(xlabel="tokens", ylabel="nats per token", ylim=(0, None))
+    losses.set(ylabel="nats per token", ylim=(0, None))
     losses.legend()
-
-    names = list(logs[-1]["zero_ratio"])
-    kinds = sorted({name.rpartition(".")[2] for name in names})
-    colors = colormaps["viridis"](np.linspace(0, 0.9, len(names)))  # from the first layer to the last
-    zeros.plot(tokens, [r["zero_ratio_mean"] for r in logs], "k", linewidth=2, label="mean over layers")
-    for name, color in zip(names, colors, strict=True):
-        style = ("-", "--", ":", "-.")[kinds.index(name.rpartition(".")[2]) % 4]
-        label = name if len(names) <= 8 or name in (names[0], names[-1]) else None
-        zeros.plot(
-            tokens, [r["zero_ratio"][name] for r in logs], style, color=color, label=label, linewidth=1
-        )
-    zeros.axhline(alarm, color="red", linewidth=1, label="alarm")
-    zeros.set(xlabel="tokens", ylabel="share of zero codes", ylim=(0, None))
-    zeros.legend(fontsize="small")
-    for axes in (losses, zeros):
+    speed.plot(tokens, [r["tokens_per_second"] for r in logs], linewidth=1)
+    speed.set(ylabel="tokens/s", ylim=(0, None))
+    _plot_zero_ratios(zeros, counts, alarm, colormaps["viridis"])
+    for record, label in ((counts[0], "first"), (counts[-1], "last")):
+        histogram.hist(record["zero_ratio"].values(), np.linspace(0, 1, 51), alpha=0.6, label=label)
+    histogram.set(xlabel="share of zero codes", ylabel="layers")
+    histogram.legend()
+    for axes in (losses, zeros, speed):
+        axes.set_xlabel("tokens")
         axes.xaxis.set_major_formatter(EngFormatter())  # 100 M
         axes.grid(alpha=0.3)
     figure.savefig(out / "plot.png", dpi=120)
+
+
+def _plot_zero_ratios(axes, counts: list[dict[str, Any]], alarm: float, colormap) -> None:
+    """A line a layer, from the first in dark to the last in light, and their mean."""
+    tokens, names = [r["tokens"] for r in counts], list(counts[-1]["zero_ratio"])
+    kinds = sorted({name.rpartition(".")[2] for name in names})
+    colors = colormap(np.linspace(0, 0.9, len(names)))
+    axes.plot(tokens, [r["zero_ratio_mean"] for r in counts], "k", linewidth=2, label="mean over layers")
+    for name, color in zip(names, colors, strict=True):
+        style = ("-", "--", ":", "-.")[kinds.index(name.rpartition(".")[2]) % 4]
+        label = name if len(names) <= 8 or name in (names[0], names[-1]) else None
+        ratios = [r["zero_ratio"][name] for r in counts]
+        axes.plot(tokens, ratios, style, color=color, label=label, linewidth=1)
+    axes.axhline(alarm, color="red", linewidth=1, label="alarm")
+    axes.set(ylabel="share of zero codes", ylim=(0, None))
+    axes.legend(fontsize="small")
 
 
 @contextmanager

@@ -71,7 +71,7 @@ def pack_(
     elif config.trains_scales:
         raise ValueError(
             f"rule {config.rule!r} trains its scales: quantize_ and train the model before it is packed, "
-            "or choose one of absmean, twn, mse"
+            "or choose one of absmean, twn, mse, binary"
         )
     else:
         quantize_(model, config, filter_fn)
