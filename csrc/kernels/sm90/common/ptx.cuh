@@ -263,6 +263,9 @@ __device__ inline void load_matrices_transposed(uint32_t (&pairs)[4], const void
 // Shows what this thread wrote to shared memory to the tensor cores.
 __device__ inline void fence_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
+// Orders what this thread reads and writes before what it asks of the copy engine, in any memory.
+__device__ inline void fence_copies() { asm volatile("fence.proxy.async;" ::: "memory"); }
+
 // The products of a warpgroup run beside it, in groups that it opens, closes and waits for. The sums and A
 // are registers that the compiler must leave alone until then: naming them in an empty asm keeps them in
 // place.
@@ -287,6 +290,10 @@ __device__ inline uint64_t swizzled_matrix(const void* smem) {
   return uint64_t{1} << 62 | uint64_t{1024 / 16} << 32 | uint64_t{1} << 16 |
          uint64_t{(shared_address(smem) & 0x3FFFF) / 16};
 }
+
+// The same by its low word, where 16 more bytes are 1 more.
+__device__ inline uint32_t swizzled_address(const void* smem) { return 1 << 16 | shared_address(smem) / 16; }
+__device__ inline uint64_t matrix_at(uint32_t address) { return uint64_t{0x40000040} << 32 | address; }
 
 // The operands of wgmma below: the sums d[0 .. n) by number and by name.
 #define TERNARY_N8 "%0, %1, %2, %3, %4, %5, %6, %7"
@@ -351,9 +358,6 @@ TERNARY_WGMMA(wgmma_m64k32, 64, "m64n128k32", "e4m3.e4m3", "%64, %65, %66, %67",
 #undef TERNARY_D32
 #undef TERNARY_D64
 #undef TERNARY_D128
-
-// The low word of what swizzled_matrix gives: 16 more bytes are 1 more.
-__device__ inline uint32_t swizzled_address(const void* smem) { return 1 << 16 | shared_address(smem) / 16; }
 
 // d (+)= a b^T with both operands in shared memory, a and b [64, 16] by rows; and d += a b with a in
 // registers and b [16, 64] by its rows of 16, which the tensor cores transpose. d is [64, 64].

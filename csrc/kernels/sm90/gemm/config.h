@@ -64,7 +64,7 @@ struct Tile {
   static constexpr int kRows = 64 * kGroups;  // of the weight
   static constexpr int kThreads = 128 * (kGroups + 1);  // and one warpgroup that loads
   static constexpr int kMinSteps = 2;                   // of a block, on average
-  static constexpr int kStored = 32;  // rows of x that a warpgroup brings to memory at a time
+  static constexpr int kStored = 32;                    // rows of x that a warpgroup stores at a time
   static constexpr int depth(bool fp8) { return fp8 ? 256 : 128; }  // columns of a step: 256 bytes of x
 };
 

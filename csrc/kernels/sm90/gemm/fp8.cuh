@@ -24,19 +24,23 @@ __device__ inline uint32_t to_e4m3(float a, float b, float c, float d) {
   return low | uint32_t{__nv_cvt_float2_to_fp8x2({c, d}, __NV_SATFINITE, __NV_E4M3)} << 16;
 }
 
-// q [m, pitch], scales [m]. kPermuted: x is aligned to 16 bytes, k a multiple of 64 and pitch of 128, with
-// zeros from k on.
-template <class Element, bool kPermuted>
+// How the rounded x lies: columns in order, permuted as above, or in order as numbers of x's type.
+enum class Fp8Form { bytes, permuted, as_x };
+
+// q [m] rows of `pitch` bytes, scales [m]. But for `bytes`, x is aligned to 16 bytes and k a multiple of 64;
+// `permuted` has a pitch of a multiple of 128, with zeros from k on.
+template <class Element, Fp8Form kForm>
 __global__ void __launch_bounds__(Fp8::kThreads)
-    quantize_rows_kernel(const Element* x, uint32_t* q, float* scales, int64_t k, int64_t pitch) {
-  constexpr int kRun = kPermuted ? 16 : 4;  // columns that a thread takes at once
-  constexpr int kKept = kPermuted ? 4 : 1;  // runs that stay in registers; the others are read twice
-  using Columns = Run<Element, kRun, kPermuted>;
+    quantize_rows_kernel(const Element* x, uint8_t* q, float* scales, int64_t k, int64_t pitch) {
+  constexpr bool kBytes = kForm == Fp8Form::bytes;
+  constexpr int kRun = kBytes ? 4 : 16;  // columns that a thread takes at once
+  constexpr int kKept = kBytes ? 1 : 4;  // runs that stay in registers; the others are read twice
+  using Columns = Run<Element, kRun, !kBytes>;
   __shared__ float smem_most[Fp8::kThreads / 32];
   launch_dependents();
   wait_for_prerequisites();
   const int64_t row = blockIdx.x;
-  const int64_t runs = k / kRun, places = pitch / kRun;
+  const int64_t runs = k / kRun, places = kForm == Fp8Form::as_x ? runs : pitch / kRun;
   const auto* from = reinterpret_cast<const Columns*>(x + row * k);
   Columns kept[kKept];
 #pragma unroll
@@ -60,17 +64,24 @@ __global__ void __launch_bounds__(Fp8::kThreads)
   const float scale = fmaxf(most / Fp8::kMax, Fp8::kLeastScale), inverse = 1 / scale;
   if (threadIdx.x == 0) scales[row] = scale;
 
-  uint32_t* to = q + row * (pitch / 4);
+  q += row * pitch;
   const auto put = [&](const Columns& run, int64_t at) {
     float v[kRun];
 #pragma unroll
     for (int j = 0; j < kRun; ++j) v[j] = to_float(run.at[j]) * inverse;
-    if constexpr (kPermuted) {
+    if constexpr (kForm == Fp8Form::permuted) {
 #pragma unroll
       for (int j = 0; j < 4; ++j)
-        to[at / 4 * 16 + j * 4 + at % 4] = to_e4m3(v[3 - j], v[7 - j], v[11 - j], v[15 - j]);
+        reinterpret_cast<uint32_t*>(q)[at / 4 * 16 + j * 4 + at % 4] =
+            to_e4m3(v[3 - j], v[7 - j], v[11 - j], v[15 - j]);
+    } else if constexpr (kForm == Fp8Form::as_x) {
+      Columns rounded;
+#pragma unroll
+      for (int j = 0; j < kRun; ++j)
+        rounded.at[j] = from_float<Element>(static_cast<float>(__nv_fp8_e4m3(v[j])));
+      reinterpret_cast<Columns*>(q)[at] = rounded;
     } else {
-      to[at] = to_e4m3(v[0], v[1], v[2], v[3]);
+      reinterpret_cast<uint32_t*>(q)[at] = to_e4m3(v[0], v[1], v[2], v[3]);
     }
   };
 #pragma unroll

@@ -8,12 +8,11 @@
 namespace ternary {
 namespace sm90 {
 
-template <class Element, bool kPermuted>
+template <class Element, Fp8Form kForm>
 static cudaError_t launch_quantize_rows(const GemmArgs& args, const GemmPlan& plan, cudaStream_t stream) {
-  const auto* x = static_cast<const Element*>(args.x);
-  return launch(quantize_rows_kernel<Element, kPermuted>, dim3(static_cast<unsigned>(args.m)), Fp8::kThreads,
-                0, 1, stream, x, reinterpret_cast<uint32_t*>(fp8_x(args, plan)), fp8_scales(args, plan),
-                args.k, fp8_pitch(args.k));
+  return launch(quantize_rows_kernel<Element, kForm>, dim3(static_cast<unsigned>(args.m)), Fp8::kThreads, 0,
+                1, stream, static_cast<const Element*>(args.x), fp8_x(args, plan), fp8_scales(args, plan),
+                args.k, plan.pitch);
 }
 
 template <class Element>
@@ -25,24 +24,30 @@ static cudaError_t launch_plain(const GemmArgs& args, const GemmPlan& plan, cuda
         args, static_cast<const Element*>(args.x), args.k, nullptr);
   } else {
     plain_kernel<Element><<<blocks, 32 * Plain::kWarps, 0, stream>>>(
-        args, reinterpret_cast<const __nv_fp8_e4m3*>(fp8_x(args, plan)), fp8_pitch(args.k),
-        fp8_scales(args, plan));
+        args, reinterpret_cast<const __nv_fp8_e4m3*>(fp8_x(args, plan)), plan.pitch, fp8_scales(args, plan));
   }
   return cudaGetLastError();
 }
 
 template <class Element>
-static cudaError_t launch_gemm(const GemmArgs& args, const GemmPlan& plan, cudaStream_t stream) {
-  if (plan.kernel == GemmKernel::stream) return launch_stream(args, plan, stream);
-  if (plan.kernel == GemmKernel::split) return launch_split(args, plan, stream);
+static cudaError_t launch_gemm(GemmArgs args, const GemmPlan& plan, cudaStream_t stream) {
   cudaError_t error = cudaSuccess;
   if constexpr (!std::is_same_v<Element, float>) {
     if (plan.kernel == GemmKernel::tile) {
-      if (plan.fp8) error = launch_quantize_rows<Element, true>(args, plan, stream);
+      if (plan.fp8) error = launch_quantize_rows<Element, Fp8Form::permuted>(args, plan, stream);
       return error == cudaSuccess ? launch_tile(args, plan, stream) : error;
     }
+    if (plan.kernel != GemmKernel::plain) {
+      if (plan.fp8) {
+        error = launch_quantize_rows<Element, Fp8Form::as_x>(args, plan, stream);
+        args.x = fp8_x(args, plan);
+      }
+      if (error != cudaSuccess) return error;
+      return plan.kernel == GemmKernel::stream ? launch_stream(args, plan, stream)
+                                               : launch_split(args, plan, stream);
+    }
   }
-  if (plan.fp8) error = launch_quantize_rows<Element, false>(args, plan, stream);
+  if (plan.fp8) error = launch_quantize_rows<Element, Fp8Form::bytes>(args, plan, stream);
   return error == cudaSuccess ? launch_plain<Element>(args, plan, stream) : error;
 }
 

@@ -14,12 +14,12 @@ cudaError_t launch_stream(const GemmArgs& args, const GemmPlan& plan, cudaStream
 cudaError_t launch_split(const GemmArgs& args, const GemmPlan& plan, cudaStream_t stream);
 cudaError_t launch_tile(const GemmArgs& args, const GemmPlan& plan, cudaStream_t stream);
 
-// Where the workspace has x in e4m3 [m, fp8_pitch], and its scales [m].
+// Where the workspace has the rounded x, in rows of plan.pitch bytes, and its scales [m].
 inline uint8_t* fp8_x(const GemmArgs& args, const GemmPlan& plan) {
   return static_cast<uint8_t*>(args.workspace) + plan.parts;
 }
 inline float* fp8_scales(const GemmArgs& args, const GemmPlan& plan) {
-  return reinterpret_cast<float*>(fp8_x(args, plan) + args.m * fp8_pitch(args.k));
+  return plan.fp8 ? reinterpret_cast<float*>(fp8_x(args, plan) + args.m * plan.pitch) : nullptr;
 }
 
 // Launches a kernel that may start beside the one before it.

@@ -74,12 +74,10 @@ __device__ inline void unpack(uint32_t (&frag)[4][2], uint4 codes, int quad) {
   }
 }
 
-// 64 codes each of rows lane / 4 and 8 on -> A of four steps, scaled: scale(i, step) is a pair for row i.
+// What `unpack` gives of rows lane / 4 and 8 on -> A of four steps, scaled: scale(i, step) is a pair for row
+// i.
 template <class Element, class Scale>
-__device__ void scaled_weights(uint32_t (&frag)[4][4], uint4 upper, uint4 lower, Scale scale) {
-  uint32_t rows[2][4][2];
-  unpack(rows[0], upper, threadIdx.x % 4);
-  unpack(rows[1], lower, threadIdx.x % 4);
+__device__ void scaled_weights(uint32_t (&frag)[4][4], const uint32_t (&rows)[2][4][2], Scale scale) {
 #pragma unroll
   for (int step = 0; step < 4; ++step)
 #pragma unroll

@@ -13,7 +13,8 @@ enum class GemmKernel { plain, stream, split, tile };
 
 struct GemmPlan {
   GemmKernel kernel = GemmKernel::plain;
-  bool fp8 = false;       // x is brought to e4m3 first
+  bool fp8 = false;       // x is rounded to e4m3 first,
+  int64_t pitch = 0;      // with rows of so many bytes
   int span = 0;           // weights of a row that share a scale, 128, 64 or 32; divides the group
   int rows_of_x = 0;      // of a block at a time
   int blocks = 0;         // of the grid
@@ -25,7 +26,7 @@ struct GemmPlan {
   int boxes = 0;          // split: of 512 columns, of a block
   int steps = 0;          // tile: of one, over k; the blocks share the steps of all tiles
   int64_t parts = 0;      // bytes of workspace for sums that blocks leave for each other,
-  int64_t workspace = 0;  // and with x in e4m3 and its scales
+  int64_t workspace = 0;  // and with the rounded x and its scales
 };
 
 constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -77,12 +78,15 @@ inline bool plan_split(GemmPlan& plan, int64_t m, int64_t n, int64_t k, int sms)
 }
 
 inline bool plan_tile(GemmPlan& plan, int64_t m, int64_t n, int64_t k, int sms) {
+  if (plan.fp8 && plan.span < 64) return false;
   const int64_t row_tiles = divide_up(n, Tile::kRows);
   if (!plan.fp8) plan.span = std::min(plan.span, 64);
   // 256 rows of x are faster where the tiles are so many that few of them are shared, and take the registers
   // of all but two scales a row and step
   const bool wide = !plan.fp8 && plan.span == 64 && 4 * row_tiles * divide_up(m, 256) >= int64_t{3} * sms;
-  plan.rows_of_x = wide ? 256 : m > 64 || plan.fp8 ? 128 : 64;
+  // 64 where each tile would else be cut in many parts, which are slow to add
+  const bool narrow = !plan.fp8 && (m <= 64 || 6 * row_tiles * divide_up(m, 128) <= sms);
+  plan.rows_of_x = wide ? 256 : narrow ? 64 : 128;
   const int64_t tiles = row_tiles * divide_up(m, plan.rows_of_x);
   const int64_t steps = divide_up(k, Tile::depth(plan.fp8));
   if (tiles * steps > std::numeric_limits<int>::max()) return false;
@@ -99,18 +103,20 @@ inline bool plan_tile(GemmPlan& plan, int64_t m, int64_t n, int64_t k, int sms) 
 }
 
 // `aligned`: x and codes start at multiples of 16 bytes and x is of 16 bits. `fp8`: the products are of x
-// rounded to e4m3.
+// rounded to e4m3; the kernels for few rows of x take these numbers in x's type.
 inline GemmPlan plan_gemm(int64_t m, int64_t n, int64_t k, int64_t group, bool one_scale, bool aligned,
                           int sms, bool fp8) {
   GemmPlan none, plan;
   none.fp8 = plan.fp8 = fp8;
   plan.span = one_scale || group % 128 == 0 ? 128 : group % 64 == 0 ? 64 : group % 32 == 0 ? 32 : 0;
   const bool fits = aligned && n * k <= kMaxWeights && k <= std::numeric_limits<int>::max() &&
-                    plan.span >= (fp8 ? 64 : 32) && k % kAlignment == 0;
-  const bool planned = fits && ((!fp8 && plan_stream(plan, m, n, k, sms)) ||
-                                (!fp8 && plan_split(plan, m, n, k, sms)) || plan_tile(plan, m, n, k, sms));
+                    plan.span >= 32 && k % kAlignment == 0;
+  const bool planned = fits && (plan_stream(plan, m, n, k, sms) || plan_split(plan, m, n, k, sms) ||
+                                plan_tile(plan, m, n, k, sms));
   if (!planned) plan = none;
-  plan.workspace = plan.parts + (fp8 ? m * (fp8_pitch(k) + 4) : 0);
+  const bool few = plan.kernel == GemmKernel::stream || plan.kernel == GemmKernel::split;
+  plan.pitch = !fp8 ? 0 : few ? 2 * k : fp8_pitch(k);
+  plan.workspace = plan.parts + (fp8 ? m * (plan.pitch + 4) : 0);
   return plan;
 }
 

@@ -9,6 +9,7 @@ static cudaError_t launch_as(const GemmArgs& args, const GemmPlan& plan, cudaStr
                  .units = plan.units,
                  .boxes = plan.boxes,
                  .blocks = plan.cluster,
+                 .x_scales = fp8_scales(args, plan),
                  .index = scale_index(args, Config::kSpan)};
   cudaError_t error = map_rows(&a.map_x, map_type(args.type), 2, args.x, args.m, args.k, Config::kRowsOfX, 64,
                                CU_TENSOR_MAP_SWIZZLE_128B);

@@ -28,8 +28,9 @@ struct SplitConfig : Split {
 struct SplitArgs {
   GemmArgs gemm;
   CUtensorMap map_x, map_codes;
-  int units, boxes;  // of a block
-  int blocks;        // of a cluster
+  int units, boxes;       // of a block
+  int blocks;             // of a cluster
+  const float* x_scales;  // [m], or null
   ScaleIndex index;
 };
 
@@ -104,36 +105,45 @@ __device__ void multiply_unit(float (&sums)[Config::kRowsOfX / 2], const SplitAr
   using Element = typename Config::Element;
   const int row = threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4;  // of the unit
   const int pitch = Config::scales_pitch(a.boxes, Config::kSpan);
-  uint32_t frag[2][4][4];
+  constexpr int kScales = 64 / Config::kSpan;  // of a row
+  uint32_t frag[2][4][4], rows[2][4][2], scales[2][kScales];
 #pragma unroll
   for (int i = 0; i < Config::kRowsOfX / 2; ++i) sums[i] = 0;
-  const auto load_weights = [&](uint32_t (&to)[4][4], int piece) {
+  const auto read = [&](int piece) {
     const uint8_t* codes = smem_codes + (piece / 8 * Config::kUnitRows + row) * 128;
     const int slot = (piece % 8 ^ row % 8) * 16;
-    scaled_weights<Element>(
-        to, *reinterpret_cast<const uint4*>(codes + slot),
-        *reinterpret_cast<const uint4*>(codes + 8 * 128 + slot), [&](int below, int k) {
-          return smem_scales[(row + below * 8) * pitch + (piece * 64 + k * 16) / Config::kSpan];
-        });
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      unpack(rows[i], *reinterpret_cast<const uint4*>(codes + i * 8 * 128 + slot), threadIdx.x % 4);
+#pragma unroll
+      for (int j = 0; j < kScales; ++j)
+        scales[i][j] = smem_scales[(row + i * 8) * pitch + piece * kScales + j];
+    }
   };
-  load_weights(frag[0], 0);
+  const auto scale = [&](int i, int k) { return scales[i][k * 16 / Config::kSpan]; };
+  read(0);
+  scaled_weights<Element>(frag[0], rows, scale);
 #pragma unroll 1
   for (int pair = 0; pair < pieces; pair += 2) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int piece = pair + i;
       wait_for_phase(&x_full[piece], 0);
+      const auto multiply_pair = [&](int k) {
+        const uint8_t* x = smem_x + piece * Config::kRowsOfX * 128 + k * 32;
+        begin_products();
+        wgmma_m64k16<Element>(sums, frag[i][k], swizzled_matrix(x), true);
+        wgmma_m64k16<Element>(sums, frag[i][k + 1], swizzled_matrix(x + 32), true);
+        commit_products();
+      };
       keep(sums);
       keep(frag[i]);
-      begin_products();
-#pragma unroll
-      for (int k = 0; k < 4; ++k)
-        wgmma_m64k16<Element>(sums, frag[i][k],
-                              swizzled_matrix(smem_x + piece * Config::kRowsOfX * 128 + k * 32), true);
-      commit_products();
+      multiply_pair(0);
+      read(min(piece + 1, pieces - 1));
       wait_for_products<1>();  // those of the other fragment, whose place is taken now
       keep(frag[1 - i]);
-      if (piece + 1 < pieces) load_weights(frag[1 - i], piece + 1);
+      scaled_weights<Element>(frag[1 - i], rows, scale);
+      multiply_pair(2);
     }
   }
   wait_for_products<0>();
@@ -174,9 +184,13 @@ __device__ void add_blocks(const float4* smem_sums, const SplitArgs& a, int rank
       sum.z += part.z;
       sum.w += part.w;
     }
-    // a code reads as twice its weight
+    float scale[2] = {0.5f, 0.5f};  // a code reads as twice its weight
+    if (a.x_scales)
+      for (int i = 0; i < 2; ++i)
+        scale[i] *= a.x_scales[min(int64_t{eight} * 8 + lane % 4 * 2 + i, a.gemm.m - 1)];
     const auto pair = [&](float first, float second, float b) {
-      return transpose(pack(from_float<Element>(0.5f * first + b), from_float<Element>(0.5f * second + b)));
+      return transpose(
+          pack(from_float<Element>(scale[0] * first + b), from_float<Element>(scale[1] * second + b)));
     };
     const int x = eight * 8 + lane / 4, at = row + lane % 4 * 2;
     store_pair<Element>(a, pair(sum.x, sum.y, bias[0]), x, at);

@@ -13,6 +13,7 @@ static cudaError_t launch_as(const GemmArgs& args, const GemmPlan& plan, cudaStr
                         .longer = tiles % plan.blocks,
                         .most = plan.tiles,
                         .log_rows = log_rows,
+                        .x_scales = fp8_scales(args, plan),
                         .index = scale_index(args, Config::kSpan)};
   static_assert(sizeof(StreamX<Config>) == Stream::x_bytes(Config::kRowsOfX, Config::kChunk) &&
                 sizeof(StreamUnit<Config>) ==

@@ -65,10 +65,11 @@ __device__ inline int x_slot(int row, int piece) { return piece ^ (piece >> 3 & 
 
 struct StreamArgs {
   GemmArgs gemm;
-  int tiles;     // of 16 rows, of a block
-  int longer;    // the first blocks, which have one more
-  int most;      // of a block
-  int log_rows;  // of x of a block, rounded up to a power of two
+  int tiles;              // of 16 rows, of a block
+  int longer;             // the first blocks, which have one more
+  int most;               // of a block
+  int log_rows;           // of x of a block, rounded up to a power of two
+  const float* x_scales;  // [m], or null
   ScaleIndex index;
 };
 
@@ -253,8 +254,8 @@ __device__ void store_y(const StreamUnit<Config>* smem_units, const StreamArgs& 
     float sum = 0;
 #pragma unroll 8
     for (int warp = 0; warp < warps; ++warp, part += stride) sum += *part;
-    // a code reads as twice its weight
-    static_cast<Element*>(a.gemm.y)[int64_t{x} * a.gemm.n + row] = from_float<Element>(0.5f * sum + bias);
+    const float scale = a.x_scales ? 0.5f * a.x_scales[x] : 0.5f;  // a code reads as twice its weight
+    static_cast<Element*>(a.gemm.y)[int64_t{x} * a.gemm.n + row] = from_float<Element>(scale * sum + bias);
   }
 }
 

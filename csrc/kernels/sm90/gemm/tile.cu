@@ -18,7 +18,7 @@ static cudaError_t launch_as(const GemmArgs& args, const GemmPlan& plan, cudaStr
   const int total = plan.tiles * plan.steps;
   auto* parts = static_cast<float4*>(args.workspace);
   TileArgs a = {.gemm = args,
-                .x_scales = Config::kFp8 ? fp8_scales(args, plan) : nullptr,
+                .x_scales = fp8_scales(args, plan),
                 .row_tiles = static_cast<int>(divide_up(args.n, Config::kRows)),
                 .steps = plan.steps,
                 .run = total / plan.blocks,
@@ -30,7 +30,7 @@ static cudaError_t launch_as(const GemmArgs& args, const GemmPlan& plan, cudaStr
                 .index = scale_index(args, Config::kSpan)};
   cudaError_t error = Config::kFp8
                           ? map_rows(&a.map_x, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, fp8_x(args, plan), args.m,
-                                     fp8_pitch(args.k), Config::kRowsOfX, 128, CU_TENSOR_MAP_SWIZZLE_128B)
+                                     plan.pitch, Config::kRowsOfX, 128, CU_TENSOR_MAP_SWIZZLE_128B)
                           : map_rows(&a.map_x, map_type(args.type), 2, args.x, args.m, args.k,
                                      Config::kRowsOfX, 64, CU_TENSOR_MAP_SWIZZLE_128B);
   if (error == cudaSuccess)

@@ -12,6 +12,7 @@
 #include "kernels/sm90/common/ptx.cuh"
 #include "kernels/sm90/common/types.cuh"
 #include "kernels/sm90/gemm/operands.cuh"
+#include "kernels/sm90/gemm/parts.cuh"
 #include "kernels/sm90/gemm/tile_config.cuh"
 
 namespace ternary::sm90 {
@@ -40,6 +41,12 @@ __device__ void produce(const TileArgs& a, TileShared<Config>& smem) {
       for (int half = 0; half < 2; ++half)
         copy_tile_async(smem.stages[stage].x[half], a.map_x, (2 * step + half) * Config::kDepth / 2,
                         s.tile / a.row_tiles * Config::kRowsOfX, &smem.full[stage]);
+    }
+    const int first = first_block_of(a, s);
+    for (int i = first * Config::kGroups; i < blockIdx.x * Config::kGroups; ++i, ++count) {
+      const int stage = count % Config::kStages, round = count / Config::kStages;
+      if (round > 0) wait_for_phase(&smem.empty[stage], (round - 1) % 2);
+      copy_part(smem.stages[stage], a, i / Config::kGroups, i % Config::kGroups, &smem.full[stage]);
     }
   });
 }
@@ -74,6 +81,11 @@ __device__ void produce_scales(const TileArgs& a, TileShared<Config>& smem) {
       }
       release(&smem.full[stage]);
     }
+    for (int i = first_block_of(a, s) * Config::kGroups; i < blockIdx.x * Config::kGroups; ++i, ++count) {
+      const int stage = count % Config::kStages, round = count / Config::kStages;
+      if (round > 0) wait_for_phase(&smem.empty[stage], (round - 1) % 2);
+      release(&smem.full[stage]);
+    }
   });
 }
 
@@ -86,67 +98,67 @@ __device__ int codes_slot(int row, int piece) {
 // This thread's upper row of the tile; the lower is eight on.
 __device__ inline int row_of_thread() { return threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4; }
 
-template <class Config>
-__device__ void release_stage(TileShared<Config>& smem, int count) {
-  release(&smem.empty[count % Config::kStages]);
-}
-
-template <class Config>
-__device__ void wait_for_stage(TileShared<Config>& smem, int count) {
-  wait_for_phase(&smem.full[count % Config::kStages], count / Config::kStages % 2);
-}
-
 // Twice the sums of a segment, 16 bits: the scales go into the weights, so that one set of sums serves all of
-// K. Beside the products of 64 columns the weights of the next 64 are unpacked. `count` counts the block's
-// steps.
+// K. Half of the products of 64 columns run while the next 64 columns are unpacked to the registers of those
+// before, and half keep the tensor cores busy from then on.
 template <class Config>
 __device__ void multiply(float (&sums)[Config::kSums], TileShared<Config>& smem, const TileSegment& s,
-                         int& count) {
+                         StagePlace<Config>& place) {
   using Element = typename Config::Element;
+  constexpr int kScales = 64 / Config::kSpan;  // of a row
   const int row = row_of_thread();
-  uint32_t frag[2][4][4];
-  const auto codes_of = [&](const TileStage<Config>& stage, int half, int at) {
-    return stage.codes[at][codes_slot<Config>(at, half)];
+  uint32_t frag[2][4][4], rows[2][4][2], scales[2][kScales];
+  const auto read = [&](const TileStage<Config>& stage, int half) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int at = row + i * 8;
+      unpack(rows[i], stage.codes[at][codes_slot<Config>(at, half)], threadIdx.x % 4);
+#pragma unroll
+      for (int j = 0; j < kScales; ++j) scales[i][j] = stage.scales[half * kScales + j][at];
+    }
   };
-  const auto unpack_half = [&](const TileStage<Config>& stage, int half, uint4 upper, uint4 lower) {
-    scaled_weights<Element>(frag[half], upper, lower, [&](int i, int k) {
-      return stage.scales[(half * 64 + k * 16) / Config::kSpan][row + i * 8];
-    });
-  };
-  wait_for_stage(smem, count);
-  const TileStage<Config>& begin = smem.stages[count % Config::kStages];
-  unpack_half(begin, 0, codes_of(begin, 0, row), codes_of(begin, 0, row + 8));
+  const auto scale = [&](int i, int k) { return scales[i][k * 16 / Config::kSpan]; };
+  StagePlace<Config> before;
+  wait_for_stage(smem, place);
+  read(smem.stages[place.at], 0);
+  scaled_weights<Element>(frag[0], rows, scale);
 #pragma unroll 1
-  for (int step = s.begin; step < s.end; ++step, ++count) {
-    const TileStage<Config>& stage = smem.stages[count % Config::kStages];
+  for (int step = s.begin; step < s.end; ++step) {
+    const StagePlace<Config> next = place.next();
+    const uint32_t x = swizzled_address(smem.stages[place.at].x);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
+      const auto multiply_pair = [&](int k) {
+        const uint32_t at = x + half * Config::kRowsOfX * 8 + k * 2;
+        begin_products();
+        wgmma_m64k16<Element>(sums, frag[half][k], matrix_at(at), true);
+        wgmma_m64k16<Element>(sums, frag[half][k + 1], matrix_at(at + 2), true);
+        commit_products();
+      };
       keep(frag[half]);
       keep(sums);
-      begin_products();
-#pragma unroll
-      for (int k = 0; k < 4; ++k)
-        wgmma_m64k16<Element>(sums, frag[half][k], swizzled_matrix(stage.x[half][0] + k * 32), true);
-      commit_products();
-      if (half == 1 && step + 1 == s.end) break;
-      if (half == 1) wait_for_stage(smem, count + 1);
-      const TileStage<Config>& next = smem.stages[(count + half) % Config::kStages];
-      const uint4 upper = codes_of(next, 1 - half, row), lower = codes_of(next, 1 - half, row + 8);
-      wait_for_products<1>();  // those of the other fragment, whose place is taken now
+      multiply_pair(0);
+      if (half == 1 && step + 1 < s.end) wait_for_stage(smem, next);
+      read(smem.stages[half == 0 ? place.at : next.at],
+           1 - half);  // past the end they are not used
+      wait_for_products<1>();
       keep(frag[1 - half]);
-      if (half == 0 && step > s.begin) release_stage(smem, count - 1);
-      unpack_half(next, 1 - half, upper, lower);
+      if (half == 0 && step > s.begin) release_stage(smem, before);
+      scaled_weights<Element>(frag[1 - half], rows, scale);
+      multiply_pair(2);
     }
+    before = place;
+    place = next;
   }
   wait_for_products<0>();
   keep(sums);
-  release_stage(smem, count - 1);
+  release_stage(smem, before);
 }
 
 // The same in e4m3, whose sums on the tensor cores are short: those of a span are scaled into sums in fp32.
 template <class Config>
 __device__ void multiply_fp8(float (&sums)[Config::kSums], TileShared<Config>& smem, const TileSegment& s,
-                             int& count) {
+                             StagePlace<Config>& place) {
   constexpr int kSpansOfHalf = Config::kSpans / 2, kProducts = 4 / kSpansOfHalf;
   const int row = row_of_thread();
   float part[Config::kSums];
@@ -163,12 +175,13 @@ __device__ void multiply_fp8(float (&sums)[Config::kSums], TileShared<Config>& s
   };
 #pragma unroll
   for (int i = 0; i < Config::kSums; ++i) part[i] = 0;
-  wait_for_stage(smem, count);
-  load_weights(0, smem.stages[count % Config::kStages]);
+  wait_for_stage(smem, place);
+  load_weights(0, smem.stages[place.at]);
 #pragma unroll 1
   for (int step = s.begin; step < s.end; ++step) {
-    const TileStage<Config>& stage = smem.stages[count % Config::kStages];
-    ++count;
+    const StagePlace<Config> next = place.next();
+    const TileStage<Config>& stage = smem.stages[place.at];
+    const uint32_t x = swizzled_address(stage.x);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
 #pragma unroll
@@ -180,7 +193,7 @@ __device__ void multiply_fp8(float (&sums)[Config::kSums], TileShared<Config>& s
 #pragma unroll
         for (int k = 0; k < kProducts; ++k)
           wgmma_m64k32(part, frag[half][span * kProducts + k],
-                       swizzled_matrix(stage.x[half][0] + (span * kProducts + k) * 32), k > 0);
+                       matrix_at(x + half * Config::kRowsOfX * 8 + (span * kProducts + k) * 2), k > 0);
         commit_products();
         float scale[2];
 #pragma unroll
@@ -190,139 +203,110 @@ __device__ void multiply_fp8(float (&sums)[Config::kSums], TileShared<Config>& s
           if (half == 0) {
             load_weights(1, stage);
           } else if (step + 1 < s.end) {
-            wait_for_stage(smem, count);
-            load_weights(0, smem.stages[count % Config::kStages]);
+            wait_for_stage(smem, next);
+            load_weights(0, smem.stages[next.at]);
           }
         }
         wait_for_products<0>();
         keep(part);
-        if (half == 1 && span + 1 == kSpansOfHalf) release_stage(smem, count - 1);
+        if (half == 1 && span + 1 == kSpansOfHalf) release_stage(smem, place);
 #pragma unroll
         for (int i = 0; i < Config::kSums; ++i) sums[i] += scale[i / 2 % 2] * part[i];
       }
     }
+    place = next;
   }
 }
 
-template <class Config>
-__device__ float4* part_of_block(const TileArgs& a, int block, int group) {
-  return a.parts + (int64_t{block} * Config::kGroups + group) * Config::kSums / 4 * 128 + threadIdx.x % 128;
-}
-
-// Leaves the sums for the block that has the tile's end.
-template <class Config>
-__device__ void hand_over(const float (&sums)[Config::kSums], const TileArgs& a, int group) {
-  float4* to = part_of_block<Config>(a, blockIdx.x, group);
-#pragma unroll
-  for (int i = 0; i < Config::kSums; i += 4)
-    __stcg(to + i * 32, float4{sums[i], sums[i + 1], sums[i + 2], sums[i + 3]});
-  tell_warp(group);
-}
-
-// Announces what a warpgroup left, once it can be seen: a warp of the loading warpgroup, so that the other
-// goes on. A block leaves something if its run ends within a tile.
-template <class Config>
-__device__ void announce(const TileArgs& a, int group) {
-  if (first_step(a, blockIdx.x + 1) % a.steps == 0) return;
-  wait_for_warpgroup(group);
-  __threadfence();
-  if (threadIdx.x % 32 == 0) store_release(a.flags + blockIdx.x * Config::kGroups + group, a.token);
-}
-
-// Adds what the blocks before this one left of a tile.
-template <class Config>
-__device__ void take_over(float (&sums)[Config::kSums], const TileArgs& a, const TileSegment& s, int group) {
-  int first = blockIdx.x - 1;
-  while (first_step(a, first) > s.tile * a.steps) --first;
-  for (int block = first + threadIdx.x % 128; block < blockIdx.x; block += 128) {
-    uint64_t* flag = a.flags + block * Config::kGroups + group;
-    while (load_acquire(flag) != a.token) {
-    }
-    *flag = 0;  // for the next launch with this token, of a CUDA graph
-  }
-  sync_warpgroup(group);
-#pragma unroll 1
-  for (int block = first; block < blockIdx.x; ++block) {
-    const float4* part = part_of_block<Config>(a, block, group);
-#pragma unroll
-    for (int i = 0; i < Config::kSums; i += 4) {
-      const float4 v = __ldcg(part + i * 32);
-      sums[i] += v.x;
-      sums[i + 1] += v.y;
-      sums[i + 2] += v.z;
-      sums[i + 3] += v.w;
-    }
-  }
-}
-
-// y of 64 rows of the weight, by way of shared memory to write it in rows.
+// y of 64 rows of the weight, by way of shared memory to write it in rows. `x_scale` is that of row
+// threadIdx.x % 128 of x, halved.
 template <class Config>
 __device__ void store_y(const float (&sums)[Config::kSums], const TileArgs& a, TileShared<Config>& smem,
-                        int first_row, int64_t first_x, int group) {
+                        int first_row, int first_x, float x_scale, int group) {
   using Output = typename Config::Output;
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
-  auto& smem_y = smem.y[group];
+  const int thread = threadIdx.x % 128, lane = threadIdx.x % 32, warp = thread / 32;
   float bias[2];
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     const int64_t row = min(int64_t{first_row} + warp * 16 + lane / 4 + 8 * i, a.gemm.n - 1);
     bias[i] = a.gemm.bias ? load_float(a.gemm.bias, a.gemm.bias_type, row) : 0;
   }
-  // of a column of D, a code reading as twice its weight
-  const auto scale_of_x = [&](int x) {
-    return Config::kFp8 && first_x + x < a.gemm.m ? 0.5f * a.x_scales[first_x + x] : 0.5f;
-  };
+  if constexpr (Config::kFp8) {
+    smem.x_scales[group][thread] = x_scale;
+    sync_warpgroup(group);
+  }
+  // This thread stores 16 bytes of rows thread / 8 + 16 i of x.
   const bool whole = a.gemm.n % 8 == 0;
+  const int row = first_row + thread % 8 * 8;
+  const int rows_of_x = row < a.gemm.n ? static_cast<int>(a.gemm.m - first_x) - thread / 8 : 0;
+  Output* to = static_cast<Output*>(a.gemm.y) + (int64_t{first_x} + thread / 8) * a.gemm.n + row;
+  uint4 runs[Config::kStored / 16];
+  const auto store_runs = [&](int begin) {
 #pragma unroll
-  for (int begin = 0; begin < Config::kRowsOfX; begin += Config::kRowsToStore) {
-    sync_warpgroup(group);  // what was there is read
+    for (int i = 0; i < Config::kStored; i += 16, to += 16 * a.gemm.n)
+      if (begin + i < rows_of_x) *reinterpret_cast<uint4*>(to) = runs[i / 16];
+  };
+  const int piece = (warp * 2 + lane / 8 % 2) ^ lane % 8;
 #pragma unroll
-    for (int x = 0; x < Config::kRowsToStore; x += 16) {
+  for (int begin = 0; begin < Config::kRowsOfX; begin += Config::kStored) {
+    auto& smem_y = smem.y[group][begin / Config::kStored % 2];
+#pragma unroll
+    for (int x = 0; x < Config::kStored; x += 16) {
       uint32_t pairs[4];
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
-        const int of = begin + x + j / 2 * 8 + lane % 4 * 2, i = (begin + x) / 2 + 2 * j;
-        pairs[j] = pack(from_float<Output>(scale_of_x(of) * sums[i] + bias[j % 2]),
-                        from_float<Output>(scale_of_x(of + 1) * sums[i + 1] + bias[j % 2]));
+        const int i = (begin + x) / 2 + 2 * j;
+        float2 scales = {0.5f, 0.5f};  // a code reads as twice its weight
+        if constexpr (Config::kFp8)
+          scales =
+              *reinterpret_cast<const float2*>(&smem.x_scales[group][begin + x + j / 2 * 8 + lane % 4 * 2]);
+        pairs[j] = pack(from_float<Output>(scales.x * sums[i] + bias[j % 2]),
+                        from_float<Output>(scales.y * sums[i + 1] + bias[j % 2]));
       }
-      store_matrices_transposed(&smem_y[x + lane / 16 * 8 + lane % 8][warp * 16 + lane / 8 % 2 * 8], pairs);
+      store_matrices_transposed(&smem_y[x + lane / 16 * 8 + lane % 8][piece * 16], pairs);
     }
+    if (whole && begin > 0) store_runs(begin - Config::kStored);
     sync_warpgroup(group);
-#pragma unroll 4
-    for (int i = threadIdx.x % 128; i < Config::kRowsToStore * 8; i += 128) {
-      const int x = i / 8, row = first_row + i % 8 * 8;
-      if (first_x + begin + x >= a.gemm.m || row >= a.gemm.n) continue;
-      Output* to = static_cast<Output*>(a.gemm.y) + (first_x + begin + x) * a.gemm.n + row;
-      const Output* from = &smem_y[x][i % 8 * 8];
-      if (whole) {
-        *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(from);
-      } else {
-        for (int j = 0; j < 8 && row + j < a.gemm.n; ++j) to[j] = from[j];
+    if (whole) {
+#pragma unroll
+      for (int i = 0; i < Config::kStored; i += 16)
+        runs[i / 16] =
+            *reinterpret_cast<const uint4*>(&smem_y[i + thread / 8][(thread % 8 ^ thread / 8 % 8) * 16]);
+    } else {
+#pragma unroll 1
+      for (int i = thread; i < Config::kStored * 64; i += 128) {
+        const int64_t x = int64_t{first_x} + begin + i / 64, of = first_row + i % 64;
+        if (x < a.gemm.m && of < a.gemm.n)
+          static_cast<Output*>(a.gemm.y)[x * a.gemm.n + of] =
+              reinterpret_cast<const Output*>(&smem_y[i / 64][(i % 64 / 8 ^ i / 64 % 8) * 16])[i % 8];
       }
     }
   }
+  if (whole) store_runs(Config::kRowsOfX - Config::kStored);
 }
 
 template <class Config>
 __device__ void consume(const TileArgs& a, TileShared<Config>& smem) {
   const int group = threadIdx.x / 128;
-  int count = 0;
+  StagePlace<Config> place;
   for_each_segment(a, [&](const TileSegment& s) {
+    const int first_x = s.tile / a.row_tiles * Config::kRowsOfX, of_thread = first_x + threadIdx.x % 128;
+    const float x_scale = Config::kFp8 && of_thread < a.gemm.m ? 0.5f * a.x_scales[of_thread] : 0;
     float sums[Config::kSums];
 #pragma unroll
     for (int i = 0; i < Config::kSums; ++i) sums[i] = 0;
     if constexpr (Config::kFp8) {
-      multiply_fp8<Config>(sums, smem, s, count);
+      multiply_fp8<Config>(sums, smem, s, place);
     } else {
-      multiply<Config>(sums, smem, s, count);
+      multiply<Config>(sums, smem, s, place);
     }
     if (s.end != a.steps) {
       hand_over<Config>(sums, a, group);
       return;
     }
-    if (s.begin != 0) take_over<Config>(sums, a, s, group);
-    store_y<Config>(sums, a, smem, s.tile % a.row_tiles * Config::kRows + group * 64,
-                    int64_t{s.tile / a.row_tiles} * Config::kRowsOfX, group);
+    take_over<Config>(sums, a, smem, s, place, group);
+    store_y<Config>(sums, a, smem, s.tile % a.row_tiles * Config::kRows + group * 64, first_x, x_scale,
+                    group);
   });
 }
 

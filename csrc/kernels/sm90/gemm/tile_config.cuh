@@ -4,6 +4,7 @@
 #include <cuda.h>
 
 #include "kernels/gemm.h"
+#include "kernels/sm90/common/ptx.cuh"
 #include "kernels/sm90/gemm/config.h"
 #include "kernels/sm90/gemm/operands.cuh"
 
@@ -20,12 +21,9 @@ struct TileConfig : Tile {
   static constexpr int kPieces = kDepth / 64;  // of 16 bytes of codes, of a row
   static constexpr int kSpans = kDepth / kSpan;
   static constexpr int kSums = kRowsOfX / 2;  // of a thread: 64 x kRowsOfX over a warpgroup
-  static constexpr int kRowsToStore = kRowsOfX < kStored ? kRowsOfX : kStored;
-  static constexpr int kPitch = 64 + 8;  // of y: the eight rows of a matrix in different banks
-  static constexpr int kStages =
-      std::min<int>(6, (kSharedBytes - 1024 - kGroups * kRowsToStore * kPitch * 2) /
-                           (kRowsOfX * 256 + kRows * (kPieces * 16 + kSpans * 4)));
-  static_assert(!kFp8 || kSpan >= 64);
+  static constexpr int kStages = std::min<int>(6, (kSharedBytes - 2048 - 2 * kStored * kRows * 2) /
+                                                      (kRowsOfX * 256 + kRows * (kPieces * 16 + kSpans * 4)));
+  static_assert(!kFp8 || (kSpan >= 64 && kRowsOfX == 128));
 };
 
 // One step's data. x in two halves: 128 bytes a row, pieces of 16 at (piece ^ row % 8).
@@ -40,7 +38,8 @@ struct alignas(1024) TileStage {
 template <class Config>
 struct TileShared {
   TileStage<Config> stages[Config::kStages];
-  typename Config::Output y[Config::kGroups][Config::kRowsToStore][Config::kPitch];
+  uint8_t y[Config::kGroups][2][Config::kStored][128];  // swizzled like x
+  float x_scales[Config::kGroups][128];                 // of x in e4m3, halved
   uint64_t full[Config::kStages], empty[Config::kStages];
 };
 
@@ -57,6 +56,25 @@ struct TileArgs {
   ScaleIndex index;
 };
 
+// The stage of a step; the phases of its barriers alternate.
+template <class Config>
+struct StagePlace {
+  int at = 0, parity = 0;
+  __device__ StagePlace next() const {
+    return at + 1 < Config::kStages ? StagePlace{at + 1, parity} : StagePlace{0, parity ^ 1};
+  }
+};
+
+template <class Config>
+__device__ void release_stage(TileShared<Config>& smem, const StagePlace<Config>& place) {
+  release(&smem.empty[place.at]);
+}
+
+template <class Config>
+__device__ void wait_for_stage(TileShared<Config>& smem, const StagePlace<Config>& place) {
+  wait_for_phase(&smem.full[place.at], place.parity);
+}
+
 // Steps begin .. end of a tile.
 struct TileSegment {
   int tile, begin, end;
@@ -65,6 +83,14 @@ struct TileSegment {
 // Where a block's run begins, counted over the steps of all tiles.
 __device__ inline int first_step(const TileArgs& a, int block) {
   return block * a.run + min(block, a.longer);
+}
+
+// The first block that has steps of a segment's tile, or this one if the tile's end is another's.
+__device__ inline int first_block_of(const TileArgs& a, const TileSegment& s) {
+  int block = blockIdx.x;
+  if (s.end == a.steps)
+    while (first_step(a, block) > s.tile * a.steps) --block;
+  return block;
 }
 
 // Calls f with what the block has of each tile, from the last to the first.
