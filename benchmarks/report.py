@@ -1,4 +1,4 @@
-"""Writes the README's tables and the plots from the committed JSON files.
+"""Writes the tables of the README and the docs, and the plots, from the committed JSON files.
 
     python benchmarks/report.py
 
@@ -11,9 +11,10 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
-README = Path(__file__).parents[1] / "README.md"
-OPS, MODEL, SCAN = (RESULTS / f"h200_{name}.json" for name in ("ops", "model", "scan"))
-ROWS = (1, 8, 16, 32, 64)  # of the table of products
+ROOT = Path(__file__).parents[1]
+PAGES = (ROOT / "README.md", ROOT / "docs/training.md")
+OPS, MODEL, SCAN, TRAINING = (RESULTS / f"h200_{name}.json" for name in ("ops", "model", "scan", "training"))
+ROWS = (1, 8, 16, 64, 128, 256, 512, 1024, 4096)  # of the table of products
 BATCHES = (1, 8, 64, 256)
 LIBRARIES = {"ternary_ssm": "-", "mamba_ssm": "--"}  # and their lines
 
@@ -53,7 +54,9 @@ def _models(
 
 
 def decode(records: list[dict]) -> str:
-    return _models(records, "decode", lambda r: r["batch"], list(BATCHES), "ms a step, by batch")
+    found = {r["batch"] for r in records if r["bench"] == "decode"}
+    batches = [b for b in BATCHES if b in found]
+    return _models(records, "decode", lambda r: r["batch"], batches, "ms a step, by batch")
 
 
 def prefill(records: list[dict]) -> str:
@@ -70,7 +73,22 @@ def scan(records: list[dict]) -> str:
     return "\n\n".join(parts)
 
 
+def training(records: list[dict]) -> str:
+    head = ("model", "GPUs", "batch", "teacher", "recompute", "tokens/s", "ms a step", "peak GB", "overhead")
+    rows = [
+        (
+            *(r["model"], f"{r['gpus']} {r['strategy']}", f"{r['batch']} x {r['length']:,}"),
+            *("fp8" if r["fp8_teacher"] else "bf16", r["recompute"], f"{r['tokens_per_second']:,.0f}"),
+            *(figure(r["step_ms"]), f"{r['peak_gb']:.1f}", f"{r['overhead']:.3f}"),
+        )
+        for r in records
+    ]
+    return table(head, rows)
+
+
 TABLES = {"ops": (OPS, ops), "decode": (MODEL, decode), "prefill": (MODEL, prefill), "scan": (SCAN, scan)}
+TABLES |= {"training": (TRAINING, training)}
+TABLES |= {"training_bf16": (TRAINING.with_stem("h200_training_bf16"), training)}
 
 
 def with_tables(text: str, tables: dict[str, tuple[Path, Callable[[list[dict]], str]]] = TABLES) -> str:
@@ -79,7 +97,9 @@ def with_tables(text: str, tables: dict[str, tuple[Path, Callable[[list[dict]], 
     def fill(match: re.Match) -> str:
         path, make = tables[match[1]]
         data = json.loads(path.read_text())
-        origin = f"{data['header']['device']}, `benchmarks/results/{path.name}`:"
+        head = data["header"]
+        commit = head["commit"].removesuffix("-dirty")[:7]
+        origin = f"{head['device']}, {head['date'][:10]}, after {commit}, `benchmarks/results/{path.name}`:"
         return f"<!-- {match[1]} -->\n{origin}\n\n{make(data['records'])}\n<!-- /{match[1]} -->"
 
     return re.sub(r"<!-- (\w+) -->\n.*?<!-- /\1 -->", fill, text, flags=re.DOTALL)
@@ -124,8 +144,10 @@ def plot_decode(path: Path) -> None:
         found = lines.setdefault((r["model"], r["impl"]), {})
         found.setdefault(types, []).append((r["batch"], r["median_ms"]))
     colors = {model: f"C{i}" for i, model in enumerate(dict.fromkeys(model for model, _ in lines))}
-    _, axes = plt.subplots(1, 2, figsize=(11, 4.5), sharey=True, layout="constrained")
-    for axis, generation in zip(axes, ("mamba2-", "mamba-"), strict=True):
+    names = [g for g in ("mamba2-", "mamba-") if any(model.startswith(g) for model, _ in lines)]
+    size = (5.5 * len(names), 4.5)
+    _, axes = plt.subplots(1, len(names), figsize=size, sharey=True, squeeze=False, layout="constrained")
+    for axis, generation in zip(axes[0], names, strict=True):
         axis.set(title=generation.rstrip("-"), xlabel="batch", ylabel="ms a step")
         axis.grid(alpha=0.3)
         for (model, impl), by_types in lines.items():
@@ -140,7 +162,8 @@ def plot_decode(path: Path) -> None:
 
 
 def main() -> None:
-    README.write_text(with_tables(README.read_text()))
+    for page in PAGES:
+        page.write_text(with_tables(page.read_text()))
     for path, plot in ((OPS, plot_ops), (MODEL, plot_decode)):
         if path.exists():
             plot(path)

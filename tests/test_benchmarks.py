@@ -159,11 +159,12 @@ def test_llama_cpp(tmp_path):
         assert dtype == torch.float32
 
 
-def test_the_readme_is_up_to_date():
+@pytest.mark.parametrize("page, name", [("README.md", "ops"), ("docs/training.md", "training")])
+def test_the_pages_are_up_to_date(page, name):
     import report
 
-    text = (ROOT / "README.md").read_text()
-    assert "<!-- ops -->" in text
+    text = (ROOT / page).read_text()
+    assert f"<!-- {name} -->" in text and ROOT / page in report.PAGES
     assert report.with_tables(text) == text, "run python benchmarks/report.py"
 
 
