@@ -21,6 +21,7 @@ from torch import nn
 from ternary_ssm import MambaConfig, MambaLM, TernaryConfig, graphs
 from ternary_ssm.checkpoints import gguf
 from ternary_ssm.decoder import Decoder, next_logits
+from ternary_ssm.layers import TernaryLinear
 from ternary_ssm.sampling import SamplingConfig
 
 BATCHES = {"cuda": [1, 2, 4, 8, 16, 32, 64, 128, 256], "cpu": [1, 8]}
@@ -145,6 +146,9 @@ def implementations(args: argparse.Namespace, name: str) -> Iterator[tuple[str, 
     for head in args.heads:
         ternary = TernaryConfig(group_size=args.group_size, embedding=head)
         model = random_model(config, ternary, args.device, dtype)
+        for layer in model.modules():
+            if isinstance(layer, TernaryLinear):
+                layer.activations = args.activations
         yield "ternary_ssm", "int8" if head == "int8" else args.dtype, model, ours(model, args.device)
     try:
         if args.peers and args.device == "cuda":
@@ -182,7 +186,8 @@ def bench_model(args: argparse.Namespace, name: str, limits: tuple[float, float]
                 continue
             sizes = state.itemsize, DTYPES[args.dtype].itemsize
             floor = floor_ms(*work(model, config, bench, batch, length, *sizes), args.device, limits)
-            types = name_of(state), head, args.dtype
+            rounded = impl == "ternary_ssm" and args.activations != "a16"
+            types = name_of(state), head, args.activations if rounded else args.dtype
             record = Record(bench, impl, mode, name, batch, length, *types, *times, floor)
             show(record)
             yield record
@@ -198,6 +203,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--heads", type=comma_list(), default=["float"], help="of float,int8")
     parser.add_argument("--dtype", choices=DTYPES, help="of activations and head (fp16; on the CPU fp32)")
+    parser.add_argument("--activations", default="a16", help="of ternary layers: a16, a8 (CPU), fp8 (GPU)")
     parser.add_argument("--group-size", type=int, help="128; on the CPU 256, llama.cpp's")
 
 

@@ -1,7 +1,7 @@
 """One timing of a model or of a scan, and how its floor is counted."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -34,6 +34,10 @@ class Record:
     p90_ms: float
     peak_mb: float | None  # of GPU memory, weights included
     floor_ms: float
+    tokens_per_second: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.tokens_per_second = self.batch * self.length / self.median_ms * 1e3
 
 
 def name_of(dtype: torch.dtype) -> str:
@@ -65,7 +69,7 @@ def show(record: Record) -> None:
     r = record
     what = f"{r.bench:8}{r.model:13}{r.impl:12}{r.mode:6} b {r.batch:<4} l {r.length:<5}"
     types = f"{r.activations} head {r.head_dtype or '-':5} state {r.state_dtype:5}"
-    rate = f"{r.batch * r.length / r.median_ms * 1e3:>11,.0f} tok/s"
+    rate = f"{r.tokens_per_second:>11,.0f} tok/s"
     spread = f"({r.p10_ms:.3f} - {r.p90_ms:.3f})"
     print(f"{what}{types} {r.median_ms:>9.3f} ms {spread:21} floor {r.floor_ms:.3f} {rate}", flush=True)
 

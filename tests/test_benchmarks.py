@@ -11,7 +11,7 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 FIELDS = ["bench", "impl", "mode", "model", "batch", "length", "state_dtype", "head_dtype", "activations"]
-FIELDS += ["median_ms", "p10_ms", "p90_ms", "peak_mb", "floor_ms"]
+FIELDS += ["median_ms", "p10_ms", "p90_ms", "peak_mb", "floor_ms", "tokens_per_second"]
 
 
 @pytest.fixture(autouse=True)
@@ -46,6 +46,14 @@ def run(monkeypatch, tmp_path, *arguments: str) -> list[dict]:
     data = json.loads(out.read_text())
     assert data["header"]["threads"] == torch.get_num_threads() and data["header"]["read_bytes_per_s"] == 1e10
     return data["records"]
+
+
+@pytest.mark.usefixtures("tiny")
+def test_model_with_rounded_activations(monkeypatch, tmp_path):
+    options = "--models mamba2 --heads int8 --bench decode --activations a8 --no-peers"
+    found = run(monkeypatch, tmp_path, "model", *options.split())
+    assert {r["activations"] for r in found} == {"a8"}
+    assert all(r["tokens_per_second"] == r["batch"] * r["length"] / r["median_ms"] * 1e3 for r in found)
 
 
 @pytest.mark.usefixtures("tiny")
@@ -174,7 +182,7 @@ def test_tables_and_plots(tmp_path):
 
     def record(bench, model, impl, batch, length, ms):
         values = (bench, impl, "graph", model, batch, length, "fp32", "fp16", "fp16", ms, ms, ms, 1.0, 0.1)
-        return dict(zip(FIELDS, values, strict=True))
+        return dict(zip(FIELDS, (*values, batch * length / ms * 1e3), strict=True))
 
     records = [
         record(bench, model, impl, batch, length, batch + i)

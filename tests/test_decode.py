@@ -178,6 +178,24 @@ def test_on_the_cpu_it_is_one_operator_after_another(dtype, state_dtype, scale_d
         assert all(torch.equal(ours[i], theirs[i]) for i in STATES)
 
 
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_a8_is_one_operator_after_another(dtype):
+    model = build(TernaryConfig(embedding="int8"), dtype)
+    a16 = arguments(model, 2)
+    for block in model.backbone.layers:
+        block.mixer.in_proj.activations = block.mixer.out_proj.activations = "a8"
+    ours = arguments(model, 2)
+    theirs = copied(ours)
+    assert (a16[-1], ours[-1]) == ("a16", "a8")
+    assert torch.equal(
+        torch.ops.ternary.decode(*ours), reference.decode(*theirs, operators=torch.ops.ternary)
+    )
+    assert all(torch.equal(ours[i], theirs[i]) for i in STATES)
+    assert Decoder.supports(model, 1)
+    model.backbone.layers[1].mixer.out_proj.activations = "a16"
+    assert not Decoder.supports(model, 1)
+
+
 def test_any_number_of_threads_gives_the_same():
     args, threads, results = arguments(build(d_model=512), 5), torch.get_num_threads(), []
     try:
@@ -200,6 +218,7 @@ def test_any_number_of_threads_gives_the_same():
         (5, lambda t: t.repeat_interleave(64, 2), "equal and of a multiple of 4"),
         (8, lambda t: t[:, :2].contiguous(), r"conv_state must be \[3, 3, 3, 768\], not \[3, 2, 3, 768\]"),
         (12, lambda t: t.double(), "ssm_state must be Float, BFloat16 or Half"),
+        (20, lambda _: "fp8", "activations must be a16 or a8 on a CPU, not fp8"),
     ],
 )
 def test_refusals(i, change, message):

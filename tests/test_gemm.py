@@ -174,7 +174,7 @@ def test_refuses(change, message, device):
 @pytest.mark.parametrize("m", [0, 5])
 def test_names_the_activations_of_a_device(m):
     x, codes, scales, bias = problem(m, 16, 64, 32)
-    with pytest.raises(RuntimeError, match="activations must be a16 on a CPU, not fp8"):
+    with pytest.raises(RuntimeError, match="activations must be a16 or a8 on a CPU, not fp8"):
         gemm(x, codes, scales, bias, "fp8")
 
 
@@ -182,6 +182,96 @@ def test_refuses_a_strided_bias(device):
     x, codes, scales, _ = problem(5, 16, 64, 32, device)
     with pytest.raises(RuntimeError, match="bias must be contiguous"):
         gemm(x, codes, scales, torch.ones(32, device=device)[::2])
+
+
+# a8: x rounded to int8
+
+
+# m, n, k, group; the CPU works on at most 24 rows, 16 columns and 64, 128 or 256 weights at a time
+SIZES_A8 = [
+    *SIZES, (24, 17, 768, 128), (25, 16, 768, 256), (49, 15, 2048, 512), (3, 5, 4352, 64),
+    (2, 33, 8192, 8192),
+]  # fmt: skip
+
+
+def assert_is_reference_a8(y: Tensor, x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None):
+    """x becomes the very same integers, so that fp32 sums alone differ."""
+    expected = reference.gemm(x.float(), codes, scales, None if bias is None else bias.float(), "a8")
+    assert (y.dtype, y.shape) == (x.dtype, expected.shape)
+    if y.numel():
+        weight = reference.dequantize(codes, scales, torch.float32).abs()
+        sums = F.linear(x.float().abs(), weight) + (0 if bias is None else bias.float().abs())
+        bound = 4e-6 * sums + torch.finfo(x.dtype).eps * expected.abs() + torch.finfo(x.dtype).tiny
+        assert ((y.float() - expected).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("m, n, k, group", SIZES_A8)
+def test_a8_matches_reference(m, n, k, group, dtype):
+    args = problem(m, n, k, group, dtype=dtype)
+    assert_is_reference_a8(gemm(*args, "a8"), *args)
+    args = problem(m, n, k, group, dtype=dtype, scale_dtype=torch.float32, bias=False)
+    assert_is_reference_a8(gemm(*args, "a8"), *args)
+
+
+def test_a8_costs_under_one_percent():
+    x, *weight = problem(64, 96, 2048, 128, bias=False)
+    exact = gemm(x, *weight)
+    error = (gemm(x, *weight, "a8") - exact).square().mean().sqrt() / exact.square().mean().sqrt()
+    assert 0.005 < error < 0.01  # max |x| / 127 / sqrt(12) of normal x: rounded indeed, and no more than that
+
+
+def test_a8_every_isa(on_isa):
+    torch.manual_seed(0)
+    problems = [problem(*size, dtype=dtype) for size in SIZES_A8 for dtype in DTYPES]
+    calls = [("gemm", (*args, "a8")) for args in problems]
+    for y, args in zip(on_isa(calls), problems, strict=True):
+        assert_is_reference_a8(y, *args)
+
+
+def test_a8_gives_the_same_bits_for_any_batch_and_number_of_threads():
+    x, *weight = problem(60, 300, 640, 160)
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in range(1, 9):
+            torch.set_num_threads(threads)
+            results.append(gemm(x, *weight, "a8"))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(y, results[0]) for y in results)
+    for m in (1, 2, 5, 6, 7, 23, 24, 25, 31):
+        assert torch.equal(gemm(x[:m], *weight, "a8"), results[0][:m])
+
+
+def test_a8_reads_invalid_codes_as_zero():
+    x, codes, scales, _ = problem(9, 65, 128, 128, bias=False)
+    args = x, torch.randint_like(codes, 256), scales, None
+    assert_is_reference_a8(gemm(*args, "a8"), *args)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_a8_keeps_rows_apart(bad):
+    x, *weight = problem(30, 65, 192, 96)
+    expected = gemm(x, *weight, "a8")
+    x[3, 0] = x[28, 191] = bad
+    y = gemm(x, *weight, "a8")
+    assert y[[3, 28]].isnan().all() and gemm(x[3], *weight, "a8").isnan().all()
+    y[[3, 28]] = expected[[3, 28]]
+    assert torch.equal(y, expected)
+
+
+@pytest.mark.parametrize("size", [0, 1e-38, 1e-30, 1e37])
+def test_a8_of_any_magnitude(size):
+    x, *weight = problem(3, 65, 128, 128, bias=False)
+    args = x / x.abs().amax() * size, *weight
+    assert_is_reference_a8(gemm(*args, "a8"), *args)
+
+
+def test_a8_has_the_gradient_of_a16():
+    x, *weight = problem(5, 65, 64, 32)
+    x, dy = x.requires_grad_(), torch.randn(5, 65)
+    a8, a16 = (torch.autograd.grad(gemm(x, *weight, kind), x, dy)[0] for kind in ("a8", "a16"))
+    assert torch.equal(a8, a16)
 
 
 @pytest.mark.cuda

@@ -40,6 +40,13 @@ TERNARY_INLINE Word code_at(Word word, int i) {
   return (word << (30 - 2 * i)) >> 30;
 }
 
+// Twice weight i of a word as the bits of a float: the code as its two highest bits is 0, +2 or -2, the
+// invalid one -0.
+template <class Word>
+TERNARY_INLINE Word twice_weight_at(Word word, int i) {
+  return word << (30 - 2 * i) & static_cast<int32_t>(0xc0000000);
+}
+
 // Weight i of a row of codes.
 TERNARY_INLINE int weight_at(const uint8_t* row, int64_t i) {
   const int code = row[i / kWeightsPerByte] >> (i % kWeightsPerByte * 2) & 3;

@@ -33,6 +33,7 @@ struct DecodeArgs {
   void* workspace;              // zeros at first, the kernel's own from then on; or the plan's buffers
   DType type;                   // of norms, convolution and its state: f16 or bf16
   DType scale_type, state_type;
+  bool a8;  // cpu: both projections round their input to int8
   bool in_one_scale, out_one_scale;
   int layers, batch, d_model, heads, head_dim, state_size;
   int64_t vocab;

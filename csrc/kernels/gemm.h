@@ -22,6 +22,7 @@ struct GemmArgs {
   int64_t m, n, k;
   int64_t group;              // weights that share a scale, a multiple of 4; k where one_scale
   bool one_scale;             // one for the whole matrix
+  bool a8 = false;            // cpu: a row of x is first rounded to int8 with the scale max |x| / 127
   bool fp8 = false;           // sm90: a row of x is first rounded to e4m3 with the scale max |x| / 448
   void* workspace = nullptr;  // sm90: of the plan's size
 };
@@ -42,6 +43,21 @@ TERNARY_INLINE GemmTiles gemm_tiles(const GemmArgs& a) {
 }
 
 void gemm_cpu(const GemmArgs& args, int64_t begin, int64_t end);  // tiles begin .. end of down * across
+
+// The same of the CPU kernel where x is rounded: tokens (rows of x) by rows of the weight.
+struct GemmInt8Tiles {
+  static constexpr int kTokens = 24, kRows = 16;  // at most; fewer at the edges
+  int64_t tokens, down, across;
+};
+
+// Tiles of tokens as even as can be.
+TERNARY_INLINE GemmInt8Tiles gemm_int8_tiles(const GemmArgs& a) {
+  const int64_t most = (a.m + GemmInt8Tiles::kTokens - 1) / GemmInt8Tiles::kTokens;
+  const int64_t tokens = (a.m + most - 1) / most;
+  return {tokens, (a.m + tokens - 1) / tokens, (a.n + GemmInt8Tiles::kRows - 1) / GemmInt8Tiles::kRows};
+}
+
+void gemm_int8_cpu(const GemmArgs& args, int64_t begin, int64_t end);  // for a8
 
 // How gemm runs on a GPU, and then gemm; both return a cudaError_t.
 namespace sm90 {

@@ -37,13 +37,15 @@ inline PackedLayers check_layers(const Tensor& codes, const Tensor& scales, cons
 }
 
 // ternary::decode: checks the tensors, allocates the result and hands them to the device's kernel.
-template <void (*run)(const DecodeArgs&, const Tensor& workspace)>
+template <void (*run)(const DecodeArgs&, const Tensor& workspace), bool kGpu>
 Tensor decode(const Tensor& tokens, const Tensor& embedding, const std::optional<Tensor>& embedding_scale,
               const Tensor& norm, const Tensor& in_codes, const Tensor& in_scales, const Tensor& conv_weight,
               const std::optional<Tensor>& conv_bias, const Tensor& conv_state, const Tensor& dt_bias,
               const Tensor& A, const Tensor& D, const Tensor& ssm_state, const Tensor& gate_norm,
               const Tensor& out_codes, const Tensor& out_scales, const Tensor& workspace, double eps,
-              double dt_min, std::optional<double> dt_max) {
+              double dt_min, std::optional<double> dt_max, std::string activations) {
+  STD_TORCH_CHECK(activations == "a16" || (!kGpu && activations == "a8"), "activations must be a16",
+                  kGpu ? " on a GPU" : " or a8 on a CPU", ", not ", activations);
   check_dim(tokens, 1, "tokens");
   check_dim(norm, 2, "norm");
   check_dim(ssm_state, 5, "ssm_state");
@@ -102,6 +104,7 @@ Tensor decode(const Tensor& tokens, const Tensor& embedding, const std::optional
        .type = float_type(norm, "norm"),
        .scale_type = float_type(in_scales, "in_scales"),
        .state_type = float_type(ssm_state, "ssm_state"),
+       .a8 = activations == "a8",
        .in_one_scale = in.one_scale,
        .out_one_scale = out.one_scale,
        .layers = static_cast<int>(layers),

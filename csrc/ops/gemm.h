@@ -6,13 +6,13 @@
 
 namespace ternary {
 
-// ternary::gemm on any device: checks the tensors, allocates y and hands both to the device's kernel. kFp8:
-// the device has that kind of activations too.
-template <void (*run)(const GemmArgs&, const Tensor& y), bool kFp8>
+// ternary::gemm on any device: checks the tensors, allocates y and hands both to the device's kernel. kGpu:
+// its other kind of activations is fp8, else a8.
+template <void (*run)(const GemmArgs&, const Tensor& y), bool kGpu>
 Tensor gemm(const Tensor& x, const Tensor& codes, const Tensor& scales, const std::optional<Tensor>& bias,
             std::string activations) {
-  STD_TORCH_CHECK(activations == "a16" || (kFp8 && activations == "fp8"), "activations must be ",
-                  kFp8 ? "a16 or fp8 on a GPU" : "a16 on a CPU", ", not ", activations);
+  STD_TORCH_CHECK(activations == "a16" || activations == (kGpu ? "fp8" : "a8"), "activations must be ",
+                  kGpu ? "a16 or fp8 on a GPU" : "a16 or a8 on a CPU", ", not ", activations);
   const DType type = float_type(x, "x");
   const PackedShape w = check_packed(codes, scales);
   check_device(codes, x, "codes");
@@ -47,6 +47,7 @@ Tensor gemm(const Tensor& x, const Tensor& codes, const Tensor& scales, const st
        .k = w.k,
        .group = w.group,
        .one_scale = w.one_scale,
+       .a8 = activations == "a8",
        .fp8 = activations == "fp8"},
       y);
   return y;

@@ -2,10 +2,12 @@
 #include <algorithm>
 #include <type_traits>
 
+#include "kernels/cpu/crew.h"
 #include "kernels/cpu/isa.h"
 #include "ops/causal_conv1d.h"
 #include "ops/decode.h"
 #include "ops/gemm.h"
+#include "ops/int8_linear.h"
 #include "ops/norm.h"
 #include "ops/quantize.h"
 #include "ops/selective_scan.h"
@@ -34,9 +36,22 @@ static void run_rows(const Args& args, const Tensor&) {
   parallel(kernel, args, args.n, args.k);
 }
 
-static void run_gemm(const GemmArgs& args, const Tensor&) {
+// The kernel of the activations asked for; items to its work items.
+static auto* kernel_of(const GemmArgs& args, int64_t& items) {
   const GemmTiles tiles = gemm_tiles(args);
-  parallel(gemm_cpu, args, tiles.down * tiles.across, tiles.rows * args.k);
+  const GemmInt8Tiles int8_tiles = gemm_int8_tiles(args);
+  items = args.a8 ? int8_tiles.down * int8_tiles.across : tiles.down * tiles.across;
+  return args.a8 ? gemm_int8_cpu : gemm_cpu;
+}
+
+static void run_gemm(const GemmArgs& args, const Tensor&) {
+  int64_t items;
+  auto* const kernel = kernel_of(args, items);
+  parallel(kernel, args, items, args.m * args.n * args.k / items);
+}
+
+static void run_int8_linear(const Int8LinearArgs& args, const Tensor&) {
+  parallel(int8_linear_cpu, args, (args.n + kInt8Rows - 1) / kInt8Rows, kInt8Rows * args.m * args.k);
 }
 
 // How many tokens a sequence has, on average and counted up.
@@ -45,9 +60,12 @@ static int64_t tokens(const Args& args) {
   return args.cu_seqlens ? args.length / args.sequences + 1 : args.length;
 }
 
+static int64_t items(const CausalConv1dArgs& args) {
+  return args.sequences * ((args.channels + kConvBlock - 1) / kConvBlock);
+}
+
 static void run_causal_conv1d(const CausalConv1dArgs& args, const Tensor&) {
-  const int64_t blocks = (args.channels + kConvBlock - 1) / kConvBlock;
-  parallel(causal_conv1d_cpu, args, args.sequences * blocks, tokens(args) * kConvBlock * args.width);
+  parallel(causal_conv1d_cpu, args, items(args), tokens(args) * kConvBlock * args.width);
 }
 
 static void run_selective_scan(const SelectiveScanArgs& args, const Tensor&) {
@@ -75,22 +93,20 @@ static Void* at(Void* data, DType type, int64_t i) {
   return data ? static_cast<Byte*>(data) + i * (type == DType::f32 ? 4 : 2) : nullptr;
 }
 
+// What lies between the kernels of decode.
+struct DecodeBuffers {
+  Tensor u, zxBCdt, xBC, y;  // [b, d]: what goes into a layer, what comes out; [b, r]; [b, c]; [b, e]
+  Tensor squares, sums;      // [b, d], [b], of fp32
+};
+
 // One kernel after another, each of which gives what its operator gives.
-static void run_decode(const DecodeArgs& a, const Tensor& workspace) {
+static void decode_layers(const DecodeArgs& a, DecodeBuffers& buffers, Member& member) {
   const int64_t b = a.batch, d = a.d_model, h = a.heads, p = a.head_dim, n = a.state_size;
   const int64_t e = h * p, c = e + 2 * n, r = e + c + h;
-  for (int64_t i = 0; i < b; ++i)
-    STD_TORCH_CHECK(a.tokens[i] >= 0 && a.tokens[i] < a.vocab, "tokens[", i, "] is ", a.tokens[i],
-                    ", expected 0 to ", a.vocab - 1);
-  const auto rows = [&](int64_t columns) {
-    return torch::stable::new_empty(workspace, {b, columns}, ScalarType::Float);  // room for any type
-  };
-  const Tensor squares = rows(d), buffers[] = {rows(d), rows(r), rows(c), rows(e)};
-  Tensor sums = torch::stable::new_empty(workspace, {b}, ScalarType::Float);
-  void* const u = buffers[0].mutable_data_ptr();       // [b, d]: what goes into a layer, what comes out
-  void* const zxBCdt = buffers[1].mutable_data_ptr();  // [b, r]
-  void* const xBC = buffers[2].mutable_data_ptr();     // [b, c]
-  void* const y = buffers[3].mutable_data_ptr();       // [b, e]
+  void* const u = buffers.u.mutable_data_ptr();
+  void* const zxBCdt = buffers.zxBCdt.mutable_data_ptr();
+  void* const xBC = buffers.xBC.mutable_data_ptr();
+  void* const y = buffers.y.mutable_data_ptr();
 
   const EmbedArgs embed{.tokens = a.tokens,
                         .table = a.embedding,
@@ -101,8 +117,8 @@ static void run_decode(const DecodeArgs& a, const Tensor& workspace) {
                         .dim = d};
   ResidualArgs residual{.x = a.hidden,
                         .u = u,
-                        .squares = squares.mutable_data_ptr<float>(),
-                        .sums = sums.const_data_ptr<float>(),
+                        .squares = buffers.squares.mutable_data_ptr<float>(),
+                        .sums = buffers.sums.const_data_ptr<float>(),
                         .weight = nullptr,
                         .type = a.type,
                         .dim = d,
@@ -111,95 +127,123 @@ static void run_decode(const DecodeArgs& a, const Tensor& workspace) {
   const auto project = [&](const void* from, void* to, const uint8_t* codes, const void* scales,
                            int64_t layer, int64_t columns, int64_t k, int64_t group, bool one_scale) {
     const int64_t scales_of_layer = one_scale ? 1 : columns * (k / group);
-    run_gemm({.x = from,
-              .codes = codes + layer * columns * (k / kWeightsPerByte),
-              .scales = at(scales, a.scale_type, layer * scales_of_layer),
-              .bias = nullptr,
-              .y = to,
-              .type = a.type,
-              .scale_type = a.scale_type,
-              .bias_type = DType::f32,
-              .m = b,
-              .n = columns,
-              .k = k,
-              .group = group,
-              .one_scale = one_scale},
-             workspace);
+    const GemmArgs gemm{.x = from,
+                        .codes = codes + layer * columns * (k / kWeightsPerByte),
+                        .scales = at(scales, a.scale_type, layer * scales_of_layer),
+                        .bias = nullptr,
+                        .y = to,
+                        .type = a.type,
+                        .scale_type = a.scale_type,
+                        .bias_type = DType::f32,
+                        .m = b,
+                        .n = columns,
+                        .k = k,
+                        .group = group,
+                        .one_scale = one_scale,
+                        .a8 = a.a8};
+    int64_t items;
+    auto* const kernel = kernel_of(gemm, items);
+    member.run(kernel, gemm, items);
   };
-  std::fill_n(a.hidden, b * d, 0.0f);
-  parallel(embed_cpu, embed, b, d);
+  member.run(embed_cpu, embed, b);
   for (int64_t i = 0; i < a.layers; ++i) {
-    parallel(add_residual_cpu, residual, b, d);
-    torch::stable::sum_out(sums, squares, std::vector<int64_t>{1});  // as in the layers, to the last bit
     residual.weight = at(a.norm, a.type, i * d);
-    parallel(norm_residual_cpu, residual, b, d);
+    member.lead([&] {  // short enough for one thread; the sum as in the layers, to the last bit
+      add_residual_cpu(residual, 0, b);
+      torch::stable::sum_out(buffers.sums, buffers.squares, std::vector<int64_t>{1});
+      norm_residual_cpu(residual, 0, b);
+    });
     project(u, zxBCdt, a.in_codes, a.in_scales, i, r, d, a.in_group, a.in_one_scale);
     void* const conv_state = at(a.conv_state, a.type, i * b * 3 * c);
-    run_causal_conv1d({.x = at(zxBCdt, a.type, e),
-                       .weight = at(a.conv_weight, a.type, i * c * 4),
-                       .bias = at(a.conv_bias, a.type, i * c),
-                       .initial_state = conv_state,
-                       .cu_seqlens = nullptr,
-                       .y = xBC,
-                       .final_state = conv_state,
-                       .type = a.type,
-                       .weight_type = a.type,
-                       .state_type = a.type,
-                       .x_stride = r,
-                       .sequences = b,
-                       .length = 1,
-                       .channels = c,
-                       .width = 4,
-                       .silu = true},
-                      workspace);
+    const CausalConv1dArgs conv{.x = at(zxBCdt, a.type, e),
+                                .weight = at(a.conv_weight, a.type, i * c * 4),
+                                .bias = at(a.conv_bias, a.type, i * c),
+                                .initial_state = conv_state,
+                                .cu_seqlens = nullptr,
+                                .y = xBC,
+                                .final_state = conv_state,
+                                .type = a.type,
+                                .weight_type = a.type,
+                                .state_type = a.type,
+                                .x_stride = r,
+                                .sequences = b,
+                                .length = 1,
+                                .channels = c,
+                                .width = 4,
+                                .silu = true};
+    member.run(causal_conv1d_cpu, conv, items(conv));
     void* const ssm_state = at(a.ssm_state, a.state_type, i * b * e * n);
-    run_ssd({.x = xBC,
-             .dt = at(zxBCdt, a.type, e + c),
-             .A = a.A + i * h,
-             .B = at(xBC, a.type, e),
-             .C = at(xBC, a.type, e + n),
-             .D = a.D + i * h,
-             .z = nullptr,
-             .dt_bias = a.dt_bias + i * h,
-             .initial_state = ssm_state,
-             .cu_seqlens = nullptr,
-             .y = y,
-             .final_state = ssm_state,
-             .type = a.type,
-             .state_type = a.state_type,
-             .x_stride = c,
-             .dt_stride = r,
-             .B_stride = c,
-             .C_stride = c,
-             .z_stride = 0,
-             .sequences = b,
-             .length = 1,
-             .heads = h,
-             .head_dim = p,
-             .groups = 1,
-             .state_size = n,
-             .D_size = 1,
-             .dt_min = a.dt_min,
-             .dt_max = a.dt_max,
-             .dt_softplus = true},
-            workspace);
-    run_rms_norm_gated({.y = y,
-                        .z = zxBCdt,
-                        .weight = at(a.gate_norm, a.type, i * e),
-                        .out = y,  // a row is read before it is written
-                        .type = a.type,
-                        .weight_type = a.type,
-                        .y_stride = e,
-                        .z_stride = r,
-                        .rows = b,
-                        .dim = e,
-                        .groups = 1,
-                        .eps = a.eps,
-                        .norm_before_gate = false},
-                       workspace);
+    const SsdArgs ssd{.x = xBC,
+                      .dt = at(zxBCdt, a.type, e + c),
+                      .A = a.A + i * h,
+                      .B = at(xBC, a.type, e),
+                      .C = at(xBC, a.type, e + n),
+                      .D = a.D + i * h,
+                      .z = nullptr,
+                      .dt_bias = a.dt_bias + i * h,
+                      .initial_state = ssm_state,
+                      .cu_seqlens = nullptr,
+                      .y = y,
+                      .final_state = ssm_state,
+                      .type = a.type,
+                      .state_type = a.state_type,
+                      .x_stride = c,
+                      .dt_stride = r,
+                      .B_stride = c,
+                      .C_stride = c,
+                      .z_stride = 0,
+                      .sequences = b,
+                      .length = 1,
+                      .heads = h,
+                      .head_dim = p,
+                      .groups = 1,
+                      .state_size = n,
+                      .D_size = 1,
+                      .dt_min = a.dt_min,
+                      .dt_max = a.dt_max,
+                      .dt_softplus = true};
+    member.run(ssd_cpu, ssd, b * h);
+    const RmsNormGatedArgs gate{.y = y,
+                                .z = zxBCdt,
+                                .weight = at(a.gate_norm, a.type, i * e),
+                                .out = y,  // a row is read before it is written
+                                .type = a.type,
+                                .weight_type = a.type,
+                                .y_stride = e,
+                                .z_stride = r,
+                                .rows = b,
+                                .dim = e,
+                                .groups = 1,
+                                .eps = a.eps,
+                                .norm_before_gate = false};
+    member.run(rms_norm_gated_cpu, gate, b);
     project(y, u, a.out_codes, a.out_scales, i, d, e, a.out_group, a.out_one_scale);
   }
-  parallel(add_residual_cpu, residual, b, d);
+  member.run(add_residual_cpu, residual, b);
+}
+
+// All layers in one parallel region.
+static void run_decode(const DecodeArgs& a, const Tensor& workspace) {
+  const int64_t b = a.batch, d = a.d_model, e = static_cast<int64_t>(a.heads) * a.head_dim;
+  const int64_t c = e + 2 * a.state_size;
+  for (int64_t i = 0; i < b; ++i)
+    STD_TORCH_CHECK(a.tokens[i] >= 0 && a.tokens[i] < a.vocab, "tokens[", i, "] is ", a.tokens[i],
+                    ", expected 0 to ", a.vocab - 1);
+  const auto rows = [&](int64_t columns) {
+    return torch::stable::new_empty(workspace, {b, columns}, ScalarType::Float);  // room for any type
+  };
+  DecodeBuffers buffers{rows(d), rows(e + c + a.heads),
+                        rows(c), rows(e),
+                        rows(d), torch::stable::new_empty(workspace, {b}, ScalarType::Float)};
+  std::fill_n(a.hidden, b * d, 0.0f);
+  isa();
+  Crew crew;
+  const int64_t threads = torch::stable::get_num_threads();
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t) {
+    Member member(crew, threads, begin == 0);
+    decode_layers(a, buffers, member);
+  });
+  if (crew.error) std::rethrow_exception(crew.error);
 }
 
 }  // namespace ternary
@@ -212,7 +256,8 @@ STABLE_TORCH_LIBRARY_IMPL(ternary, CPU, m) {
   m.impl("unpack", TORCH_BOX((&unpack<run_rows<UnpackArgs, unpack_cpu>>)));
   m.impl("dequantize", TORCH_BOX((&dequantize<run_rows<DequantizeArgs, dequantize_cpu>>)));
   m.impl("gemm", TORCH_BOX((&gemm<run_gemm, false>)));
-  m.impl("decode", TORCH_BOX(&decode<run_decode>));
+  m.impl("int8_linear", TORCH_BOX(&int8_linear<run_int8_linear>));
+  m.impl("decode", TORCH_BOX((&decode<run_decode, false>)));
   m.impl("causal_conv1d", TORCH_BOX(&causal_conv1d<run_causal_conv1d>));
   m.impl("causal_conv1d_update", TORCH_BOX(&causal_conv1d_update<run_causal_conv1d>));
   m.impl("selective_scan", TORCH_BOX(&selective_scan<run_selective_scan>));

@@ -82,7 +82,7 @@ STABLE_TORCH_LIBRARY_IMPL(ternary, CUDA, m) {
   m.impl("dequantize", TORCH_BOX((&dequantize<run<DequantizeArgs, dequantize_sm90>>)));
   m.impl("quantize_fp8", TORCH_BOX((&quantize_fp8<run<QuantizeFp8Args, quantize_fp8_sm90>>)));
   m.impl("gemm", TORCH_BOX((&gemm<run_gemm, true>)));
-  m.impl("decode", TORCH_BOX((&decode<run_decode>)));
+  m.impl("decode", TORCH_BOX((&decode<run_decode, true>)));
   m.impl("choose", TORCH_BOX((&choose<run<ChooseArgs, choose_sm90>>)));
   m.impl("selective_scan", TORCH_BOX((&selective_scan<run<SelectiveScanArgs, selective_scan_sm90>>)));
   m.impl("selective_scan_fused",

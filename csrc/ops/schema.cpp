@@ -11,6 +11,7 @@ STABLE_TORCH_LIBRARY(ternary, m) {
   m.def("dequantize(Tensor codes, Tensor scales, ScalarType dtype) -> Tensor");
   m.def("quantize_fp8(Tensor x) -> (Tensor q, Tensor scale)");
   m.def("gemm(Tensor x, Tensor codes, Tensor scales, Tensor? bias=None, str activations=\"a16\") -> Tensor");
+  m.def("int8_linear(Tensor x, Tensor table, Tensor scale) -> Tensor");
 
   m.def(
       "causal_conv1d(Tensor x, Tensor weight, Tensor? bias=None, Tensor? initial_state=None, "
@@ -52,6 +53,7 @@ STABLE_TORCH_LIBRARY(ternary, m) {
       "decode(Tensor tokens, Tensor embedding, Tensor? embedding_scale, Tensor norm, Tensor in_codes, "
       "Tensor in_scales, Tensor conv_weight, Tensor? conv_bias, Tensor(a!) conv_state, Tensor dt_bias, "
       "Tensor A, Tensor D, Tensor(b!) ssm_state, Tensor gate_norm, Tensor out_codes, Tensor out_scales, "
-      "Tensor(c!) workspace, float eps, float dt_min=0.0, float? dt_max=None) -> Tensor");
+      "Tensor(c!) workspace, float eps, float dt_min=0.0, float? dt_max=None, str activations=\"a16\") -> "
+      "Tensor");
   m.def("choose(Tensor logits, int vocab_size, Tensor(a!) tokens, Tensor(b!) chosen, Tensor(c!) step) -> ()");
 }

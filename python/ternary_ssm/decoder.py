@@ -74,6 +74,7 @@ class Decoder:
                 for b in blocks
                 for linear in (b.mixer.in_proj, b.mixer.out_proj)
             )
+            and (not on_cpu or _same_activations(blocks))
             and all(_alike([_find(b, path) for b in blocks]) for path in _KINDS.values())
             and _types_fit(model)
         )
@@ -100,8 +101,14 @@ class Decoder:
             *(tokens, table.weight.detach(), scale, s["norm"], s["in_codes"], s["in_scales"]),
             *(s["conv_weight"].squeeze(2), s.get("conv_bias"), cache.conv, s["dt_bias"], self.A, s["D"]),
             *(cache.ssm, s["gate_norm"], s["out_codes"], s["out_scales"]),
-            *(self.workspaces[len(tokens)], c.norm_epsilon, *c.dt_limit),
+            *(self.workspaces[len(tokens)], c.norm_epsilon, *c.dt_limit, self.activations),
         )
+
+    @property
+    def activations(self) -> str:
+        """Those of the layers on a CPU; a GPU's kernel does not round them."""
+        mixer = self.backbone.layers[0].mixer
+        return mixer.in_proj.activations if mixer.in_proj.weight.is_cpu else "a16"
 
     def _stack(self) -> None:
         self.stacks.clear()
@@ -160,6 +167,10 @@ def _types_fit(model: MambaLM) -> bool:
     else:
         found.append(table.weight)
     return {t.dtype for t in found if t is not None} == {model.dtype} and len({t.dtype for t in scales}) == 1
+
+
+def _same_activations(blocks: nn.ModuleList) -> bool:
+    return len({linear.activations for b in blocks for linear in (b.mixer.in_proj, b.mixer.out_proj)}) == 1
 
 
 def _alike(tensors: list[Tensor | None]) -> bool:

@@ -22,7 +22,7 @@ class TernaryLinear(nn.Module):
     """y [..., n] = x [..., k] weight^T + bias with a packed weight; runs torch.ops.ternary.gemm.
 
     weight uint8 [n, k / 4] holds the codes, weight_scale [n, groups] or [1, 1] the scales (docs/format.md).
-    `activations` "fp8" rounds x first (Hopper): faster where many rows come at once, less exact.
+    `activations` "fp8" (Hopper) and "a8" (CPU) round x first: faster, less exact (docs/operators.md).
     """
 
     activations: str = "a16"
@@ -78,8 +78,6 @@ class Int8Table(nn.Module):
     weight int8 [v, d], weight_scale [v, 1] = max |row| / 127.
     """
 
-    ROWS = 8192  # rows widened at a time for the head: 64 MiB in fp32 at d = 2048
-
     def __init__(self, rows: int, dim: int, scale_dtype: torch.dtype, device=None) -> None:
         super().__init__()
         self.register_buffer("weight", torch.zeros(rows, dim, dtype=torch.int8, device=device))
@@ -101,8 +99,7 @@ class Int8Table(nn.Module):
 
     def logits(self, x: Tensor) -> Tensor:
         """x [..., d] -> [..., v]."""
-        rows = zip(self.weight.split(self.ROWS), self.weight_scale.split(self.ROWS), strict=True)
-        return torch.cat([F.linear(x, w.to(x.dtype)) * s.T.to(x.dtype) for w, s in rows], dim=-1)
+        return torch.ops.ternary.int8_linear(x, self.weight, self.weight_scale)
 
     def _apply(self, fn, recurse=True):
         return super()._apply(_keep_dtype(fn, self.weight_scale), recurse)

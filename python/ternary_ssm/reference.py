@@ -79,15 +79,25 @@ def gemm(
 ) -> Tensor:
     """y[..., n] = sum_k x[..., k] * weight[n, k] + bias[n], weight = dequantize(codes, scales).
 
-    activations "fp8": x is first rounded to e4m3, a row at a time with the scale max |x| / 448.
+    activations: "fp8" and "a8" first round a row of x to e4m3 with the scale max |x| / 448, or to int8 with
+    the scale max |x| / 127.
     """
     acc = _accumulate(x)
     x_acc, x_scale = x.to(acc), 1
     if activations == "fp8":
         q, x_scale = quantize_fp8(x)
         x_acc = q.to(acc)
+    elif activations == "a8":
+        x_scale = (x_acc.abs().amax(-1, keepdim=True) / 127).clamp(min=2**-100)
+        x_acc = (x_acc * (1 / x_scale)).clamp(-127, 127).round()
     y = F.linear(x_acc, dequantize(codes, scales, acc)) * x_scale
     return (y if bias is None else y + bias.to(acc)).to(x.dtype)
+
+
+def int8_linear(x: Tensor, table: Tensor, scale: Tensor) -> Tensor:
+    """x [..., k], table int8 [n, k], scale [n, 1] -> y[..., n] = scale[n] * sum_k x[..., k] * table[n, k]."""
+    acc = _accumulate(x)
+    return (F.linear(x.to(acc), table.to(acc)) * scale.squeeze(1).to(acc)).to(x.dtype)
 
 
 def causal_conv1d(
@@ -368,6 +378,7 @@ def decode(
     eps: float,
     dt_min: float = 0.0,
     dt_max: float | None = None,
+    activations: str = "a16",
     operators: Any = None,
 ) -> Tensor:
     """One token a sequence through every layer of a Mamba-2 model: the residual stream behind the last one.
@@ -378,7 +389,8 @@ def decode(
     conv_state [L, b, w - 1, c], ssm_state [L, b, h, p, n] -> x float32 [b, d]. In each layer
     z, xBC, dt = gemm(RMSNorm(x), in);  y = ssd(silu(conv(xBC)), dt);  x <- x + gemm(RMSNorm(y silu(z)), out).
     Activations are rounded to norm's dtype; a kernel may keep them in float32. workspace is the kernel's own.
-    operators: where gemm, the updates and the gated norm come from, this module by default.
+    activations: those of gemm. operators: where gemm, the updates and the gated norm come from, this module
+    by default.
     """
     run, dtype, acc = operators or sys.modules[__name__], norm.dtype, _accumulate(norm)
     layers, b, h, p, n = ssm_state.shape
@@ -388,7 +400,9 @@ def decode(
     x = x.to(dtype).to(acc)
     for i in range(layers):
         u = F.rms_norm(x.to(dtype), x.shape[-1:], norm[i], eps)
-        z, xBC, dt = run.gemm(u, in_codes[i], in_scales[i]).split([h * p, h * p + 2 * n, h], dim=-1)
+        z, xBC, dt = run.gemm(u, in_codes[i], in_scales[i], None, activations).split(
+            [h * p, h * p + 2 * n, h], dim=-1
+        )
         bias = None if conv_bias is None else conv_bias[i]
         xBC = run.causal_conv1d_update(xBC, conv_state[i], conv_weight[i], bias)
         heads, B, C = xBC.split([h * p, n, n], dim=-1)
@@ -396,7 +410,7 @@ def decode(
         options = (None, dt_bias[i], True, dt_min, dt_max)
         y = run.ssd_update(heads, ssm_state[i], dt, A[i], B, C, D[i], *options).reshape(b, h * p)
         y = run.rms_norm_gated(y, z, gate_norm[i], 1, eps, False)
-        x = x + run.gemm(y, out_codes[i], out_scales[i])
+        x = x + run.gemm(y, out_codes[i], out_scales[i], None, activations)
     return x
 
 

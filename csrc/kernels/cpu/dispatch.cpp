@@ -3,6 +3,7 @@
 #include "kernels/cpu/isa.h"
 #include "kernels/decode.h"
 #include "kernels/gemm.h"
+#include "kernels/int8_linear.h"
 #include "kernels/norm.h"
 #include "kernels/quantize.h"
 #include "kernels/selective_scan.h"
@@ -41,6 +42,8 @@ DISPATCH(pack, PackArgs)
 DISPATCH(unpack, UnpackArgs)
 DISPATCH(dequantize, DequantizeArgs)
 DISPATCH(gemm, GemmArgs)
+DISPATCH(gemm_int8, GemmArgs)
+DISPATCH(int8_linear, Int8LinearArgs)
 DISPATCH(causal_conv1d, CausalConv1dArgs)
 DISPATCH(selective_scan, SelectiveScanArgs)
 DISPATCH(ssd, SsdArgs)

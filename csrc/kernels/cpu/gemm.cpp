@@ -8,7 +8,7 @@
 // A tile of y is computed in blocks of up to kBlock weights of one group:
 //   1. the codes of the block are laid out with one column of y a lane;
 //   2. with few rows they are decoded in registers on the way, with many once into `weights`;
-//   3. x times the weights in {-1, 0, +1}, summed in registers; then sums += scale * that.
+//   3. half of x times twice the weights, summed in registers; then sums += scale * that.
 // Each element of y goes through the same operations in the same order wherever its tile lies and
 // however many rows there are: neither threads nor the batch change its bits.
 namespace ternary::TERNARY_ISA {
@@ -38,15 +38,15 @@ struct Tile {                               // a lane a column of y
   Floats sums[GemmTiles::kRows][kVectors];  // of y's rows so far
   Floats scale[kVectors];                   // of the group
   Ints words[kWords][kVectors];             // codes of the block
-  Floats weights[kBlock][kVectors];         // what they stand for, where that is worth storing
-  float x[kRows][kBlock];
+  Floats weights[kBlock][kVectors];         // twice what they stand for, where that is worth storing
+  float x[kRows][kBlock];                   // half of x
 };
 
 // Where `multiply` finds weight 16 * word + i of the columns of vector v.
 struct FromWords {
   const Tile& tile;
   Floats operator()(int word, int i, int v) const {
-    return __builtin_convertvector(code_at(tile.words[word][v], i), Floats);
+    return __builtin_bit_cast(Floats, twice_weight_at(tile.words[word][v], i));
   }
 };
 struct FromWeights {
@@ -101,6 +101,12 @@ void transpose(Ints (&block)[kWords]) {
   }
 }
 
+// Asks for a part of the next tile's codes, so that all of them are read in the order in which they lie.
+void prefetch(const GemmArgs& a, int64_t n0, int64_t first, int depth) {
+  const uint8_t* next = a.codes + ((n0 + kColumns) * a.k + first * kColumns) / kWeightsPerByte;
+  for (int i = 0; i < depth * kColumns / kWeightsPerByte; i += 64) __builtin_prefetch(next + i);
+}
+
 // The codes of `depth` weights from `first` on, of rows n0 .. n0 + columns of the weight; the rest is 0.
 void load_words(const GemmArgs& a, int64_t n0, int columns, int across, int64_t first, int depth,
                 Tile& tile) {
@@ -117,7 +123,7 @@ void load_words(const GemmArgs& a, int64_t n0, int columns, int across, int64_t 
         __builtin_memcpy(&rows[lane], codes, depth / kWeightsPerByte);
     }
     transpose(block);
-    for (int word = 0; word < kWords; ++word) tile.words[word][v] = valid_codes(block[word]);
+    for (int word = 0; word < kWords; ++word) tile.words[word][v] = block[word];
   }
 }
 
@@ -132,6 +138,7 @@ void load_scales(const GemmArgs& a, int64_t n0, int columns, int64_t group, Tile
 void load_x(const GemmArgs& a, int64_t m0, int rows, int64_t first, int depth, Tile& tile) {
   for (int r = 0; r < rows; ++r) {
     load_floats(a.x, a.type, (m0 + r) * a.k + first, depth, tile.x[r]);
+    for (int i = 0; i < depth; ++i) tile.x[r][i] *= 0.5f;
     for (int i = depth; i % kWeightsPerWord; ++i) tile.x[r][i] = 0;
   }
 }
@@ -155,6 +162,7 @@ void compute(const GemmArgs& a, int64_t m0, int rows, int64_t n0, int columns, T
     const int depth = least(kBlock, (group + 1) * a.group - first);
     const int words = ceil_div(depth, kWeightsPerWord);
     if (first % a.group == 0) load_scales(a, n0, columns, group, tile);
+    if (rows <= kRows) prefetch(a, n0, first, depth);
     load_words(a, n0, columns, across, first, depth, tile);
     if (rows > kRows)
       for (int word = 0; word < words; ++word)

@@ -10,16 +10,20 @@ namespace ternary::TERNARY_ISA {
 
 inline int64_t round_up(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
 
-// Zeros, aligned to a cache line.
+// Zeros, or anything if it will be written first, aligned to a cache line.
 struct Scratch {
   float* data;
 
   explicit Scratch(int64_t n) : data(new (std::align_val_t(64)) float[n]()) {}
+  static Scratch unset(int64_t n) { return Scratch(new (std::align_val_t(64)) float[n]); }
   ~Scratch() { ::operator delete[](data, std::align_val_t(64)); }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
 
   operator float*() { return data; }
+
+ private:
+  explicit Scratch(float* data) : data(data) {}
 };
 
 struct Tokens {
