@@ -192,12 +192,13 @@ def test_tables_and_plots(tmp_path):
         for batch in (1, 8)
     ]
     path = tmp_path / "h200_model.json"
-    path.write_text(json.dumps({"header": {"device": "a GPU"}, "records": records}))
+    header = {"device": "a GPU", "date": "2026-11-22T21:00:00+00:00", "commit": "0123456789ab-dirty"}
+    path.write_text(json.dumps({"header": header, "records": records}))
     text = "before\n<!-- decode -->\nold\n<!-- /decode -->\nafter\n<!-- prefill -->\n<!-- /prefill -->\n"
     tables = {"decode": (path, report.decode), "prefill": (path, report.prefill)}
     new = report.with_tables(text, tables)
-    assert new.startswith("before\n<!-- decode -->\na GPU, ") and "old" not in new and "\nafter\n" in new
-    assert "| mamba2-130m | mamba_ssm | graph | fp32 state, fp16 head | 2 | 9 |  |  |" in new
+    assert new.startswith("before\n<!-- decode -->\na GPU, 2026-11-22, after 0123456, ") and "old" not in new and "\nafter\n" in new
+    assert "| mamba2-130m | mamba_ssm | graph | fp32 state, fp16 head | 2 | 9 |" in new
     assert report.with_tables(new, tables) == new
     report.plot_decode(path)
     report.plot_ops(Path(shutil.copy(report.OPS, tmp_path)))

@@ -1,8 +1,9 @@
-"""The command ternary-ssm: generate, inspect, quantize, distill, export."""
+"""The command ternary-ssm: generate, inspect, quantize, distill, evaluate, export."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import os
 import re
@@ -201,6 +202,44 @@ def _distill(args: argparse.Namespace) -> None:
         distill(*inputs, eval_data=args.eval_data, resume=args.resume, teacher_cache=cache)
 
 
+def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="DIR", help="the model and its tokenizer.json")
+    parser.add_argument("--tasks", required=True, metavar="NAME,...", help="of lm-evaluation-harness")
+    parser.add_argument("--num-fewshot", type=int, metavar="N", help="examples before each question")
+    parser.add_argument("--limit", type=int, metavar="N", help="the first N documents of each task")
+    parser.add_argument("--batch-tokens", type=int, default=16384, metavar="N", help="default: 16384")
+    parser.add_argument("--max-length", type=int, default=2048, metavar="N", help="default: 2048")
+    parser.add_argument("--out", metavar="FILE", help="gets the results as JSON")
+    parser.add_argument("--device", help="cpu or cuda; by default cuda if there is one")
+    parser.add_argument("--dtype", choices=_DTYPES, help="of the activations; as stored by default")
+
+
+def _evaluate(args: argparse.Namespace) -> None:
+    """Measure a model on tasks of lm-evaluation-harness."""
+    try:
+        import lm_eval
+    except ImportError:
+        raise ValueError("evaluate needs lm-evaluation-harness: pip install 'ternary-ssm[eval]'") from None
+    from lm_eval.utils import make_table
+
+    from .harness import HarnessLM
+
+    device, tokenizer = _device(args.device), _tokenizer(args.model)
+    model = _load(args.model, device, args.dtype)
+    results = lm_eval.simple_evaluate(
+        model=HarnessLM(model, tokenizer, args.batch_tokens, args.max_length),
+        tasks=args.tasks.split(","),
+        num_fewshot=args.num_fewshot,
+        limit=args.limit,
+        log_samples=False,
+    )
+    print(make_table(results))
+    if args.out is not None:
+        kept = ("results", "versions", "n-shot", "n-samples", "lm_eval_version", "git_hash")
+        found = {name: results[name] for name in kept if name in results}
+        Path(args.out).write_text(json.dumps(found, indent=1, default=str) + "\n")
+
+
 def _export_arguments(parser: argparse.ArgumentParser) -> None:
     from .checkpoints.gguf import TYPES
 
@@ -226,6 +265,7 @@ _COMMANDS = {
     "inspect": (_inspect_arguments, _inspect),
     "quantize": (_quantize_arguments, _quantize),
     "distill": (_distill_arguments, _distill),
+    "evaluate": (_evaluate_arguments, _evaluate),
     "export": (_export_arguments, _export),
 }
 
