@@ -73,6 +73,21 @@ def scan(records: list[dict]) -> str:
     return "\n\n".join(parts)
 
 
+def rates(records: list[dict]) -> str:
+    """Tokens a second, and the share of what the bytes and products alone would allow."""
+    kinds = list(dict.fromkeys((r["bench"], r["batch"], r["length"]) for r in records))
+    found = {(r["model"], r["bench"], r["batch"], r["length"]): r for r in records}
+    rows = []
+    for model, types in dict.fromkeys(
+        (r["model"], f"{r['activations']}, {r['head_dtype']} head") for r in records
+    ):
+        cells = (found.get((model, *kind)) for kind in kinds)
+        shown = (r and f"{r['tokens_per_second']:,.0f} ({r['floor_ms'] / r['median_ms']:.0%})" for r in cells)
+        rows.append((model, types, *(cell or "" for cell in shown)))
+    names = (f"{bench} {batch} x {length}" for bench, batch, length in kinds)
+    return table(["tokens/s (of the roofline)", "", *names], rows)
+
+
 def training(records: list[dict]) -> str:
     head = ("model", "GPUs", "batch", "teacher", "recompute", "tokens/s", "ms a step", "peak GB", "overhead")
     rows = [
@@ -87,6 +102,7 @@ def training(records: list[dict]) -> str:
 
 
 TABLES = {"ops": (OPS, ops), "decode": (MODEL, decode), "prefill": (MODEL, prefill), "scan": (SCAN, scan)}
+TABLES |= {f"cpu_{name}": (RESULTS / f"cpu_model_{name}.json", rates) for name in ("a16", "a8")}
 TABLES |= {"training": (TRAINING, training)}
 TABLES |= {"training_bf16": (TRAINING.with_stem("h200_training_bf16"), training)}
 
@@ -99,7 +115,8 @@ def with_tables(text: str, tables: dict[str, tuple[Path, Callable[[list[dict]], 
         data = json.loads(path.read_text())
         head = data["header"]
         commit = head["commit"].removesuffix("-dirty")[:7]
-        origin = f"{head['device']}, {head['date'][:10]}, after {commit}, `benchmarks/results/{path.name}`:"
+        device = head["device"] + (f", {head['isa']}, {head['threads']} threads" if "isa" in head else "")
+        origin = f"{device}, {head['date'][:10]}, after {commit}, `benchmarks/results/{path.name}`:"
         return f"<!-- {match[1]} -->\n{origin}\n\n{make(data['records'])}\n<!-- /{match[1]} -->"
 
     return re.sub(r"<!-- (\w+) -->\n.*?<!-- /\1 -->", fill, text, flags=re.DOTALL)
