@@ -197,7 +197,11 @@ def test_tables_and_plots(tmp_path):
     text = "before\n<!-- decode -->\nold\n<!-- /decode -->\nafter\n<!-- prefill -->\n<!-- /prefill -->\n"
     tables = {"decode": (path, report.decode), "prefill": (path, report.prefill)}
     new = report.with_tables(text, tables)
-    assert new.startswith("before\n<!-- decode -->\na GPU, 2026-11-22, after 0123456, ") and "old" not in new and "\nafter\n" in new
+    assert (
+        new.startswith("before\n<!-- decode -->\na GPU, 2026-11-22, after 0123456, ")
+        and "old" not in new
+        and "\nafter\n" in new
+    )
     assert "| mamba2-130m | mamba_ssm | graph | fp32 state, fp16 head | 2 | 9 |" in new
     assert report.with_tables(new, tables) == new
     report.plot_decode(path)

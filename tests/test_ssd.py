@@ -50,7 +50,7 @@ def rounding_dt_x(**problem):
     """The reference with dt x rounded to x's dtype, as torch's products in 16 bits would take it."""
     given, problem = problem, in_double(problem)
     x, dtype = problem["x"], given["x"].dtype
-    dt = reference._step_size(
+    dt = reference.recurrences._step_size(
         problem["dt"],
         problem.get("dt_bias"),
         problem.get("dt_softplus", True),
@@ -61,7 +61,7 @@ def rounding_dt_x(**problem):
     y, state = reference.ssd(**(problem | {"x": rounded, "D": None, "z": None}))
     D = problem.get("D")
     D = D.unsqueeze(-1) if D is not None and D.dim() == 1 else D
-    y = reference._skip_and_gate(y, x, D, problem.get("z"))
+    y = reference.recurrences._skip_and_gate(y, x, D, problem.get("z"))
     state_dtype = torch.promote_types(dtype, torch.float32)
     if given.get("initial_state") is not None:
         state_dtype = given["initial_state"].dtype
@@ -282,7 +282,7 @@ def test_reference_gradient():
 def test_reference_gradient_over_chunks(monkeypatch):
     made = problem(1, 5, 2, 1, 1, 2)
     whole = reference.ssd(**in_double(made))
-    monkeypatch.setattr(reference, "CHUNK", 2)
+    monkeypatch.setattr(reference.recurrences, "CHUNK", 2)
     torch.testing.assert_close(reference.ssd(**in_double(made)), whole)
     assert_reference_gradients(reference.ssd, made)
 

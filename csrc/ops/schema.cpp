@@ -1,6 +1,6 @@
 // Every operator of the package, declared once.
 // register_*.cpp binds the kernels; python/ternary_ssm/ops.py adds the fakes and the gradients;
-// python/ternary_ssm/reference.py says in plain PyTorch what each one computes.
+// python/ternary_ssm/reference says in plain PyTorch what each one computes.
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(ternary, m) {
