@@ -109,8 +109,8 @@ def test_equals_the_eager_path(device, captures, shape, ternary, sampling):
 def test_random_numbers_of_many_blocks(device):
     model = build(device=device)
     sampling = {"temperature": 1.0, "seed": 1}
-    for _ in range(2):
-        assert model.generate([[1], [2]], 600, **sampling) == eager(model, [[1], [2]], 600, **sampling)
+    expected = eager(model, [[1], [2]], 300, **sampling)  # Sampler.BLOCK is 256
+    assert [model.generate([[1], [2]], 300, **sampling) for _ in range(2)] == [expected] * 2
 
 
 @pytest.mark.parametrize("rows", [1, 9, 40])  # 9 and 40 exceed the persistent kernel

@@ -11,7 +11,7 @@ def quantize(weight: Tensor, group_size: int, scale_dtype: torch.dtype) -> tuple
     weight [n, k] -> codes uint8 [n, k / 4], scales [n, k / group_size] with
     scale = mean |w| of the group, rounded to `scale_dtype`, and code = round(clip(w / scale, -1, 1)), ties to
     even. group_size k gives one scale a row, 0 one for the whole tensor ([1, 1]). The mean is taken in
-    float64, so that it does not depend on the order of summation; a group of zeros has scale 0 and codes 0.
+    float64, so that the order of summation matters for ties alone; a group of zeros has scale 0 and codes 0.
     """
     n, k = weight.shape
     rows, groups, size = (1, 1, n * k) if group_size == 0 else (n, k // group_size, group_size)
