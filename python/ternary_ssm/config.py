@@ -118,6 +118,12 @@ class MambaConfig:
         return self.ssm_cfg["layer"] == "Mamba2"
 
     @property
+    def end_ids(self) -> tuple[int, ...]:
+        """The tokens that end a text; the first is the one to write."""
+        eos = self.eos_token_id
+        return () if eos is None else tuple(eos) if isinstance(eos, list | tuple) else (eos,)
+
+    @property
     def padded_vocab_size(self) -> int:
         """Rows of the embedding: vocab_size rounded up to pad_vocab_size_multiple."""
         return -(-self.vocab_size // self.pad_vocab_size_multiple) * self.pad_vocab_size_multiple

@@ -82,8 +82,7 @@ def _tokens(path: str | Path, model: MambaLM, teacher: Path, file: Path, limit: 
     """load_tokens; of several processes one reads text into `file`, and all map it."""
 
     def load() -> np.ndarray:
-        eos = model.config.eos_token_id
-        eos = eos[0] if isinstance(eos, list | tuple) else eos
+        eos = next(iter(model.config.end_ids), None)
         return load_tokens(path, model.config.vocab_size, teacher / "tokenizer.json", eos, limit)
 
     if distributed.world() == 1 or Path(path).suffix in (".npy", ".bin"):
@@ -93,7 +92,8 @@ def _tokens(path: str | Path, model: MambaLM, teacher: Path, file: Path, limit: 
 
 
 def _document_ends(model: MambaLM, teacher: Path) -> tuple[int, ...]:
-    eos = model.config.eos_token_id
-    if eos is None and (file := teacher / "tokenizer.json").is_file():
+    ends = model.config.end_ids
+    if not ends and (file := teacher / "tokenizer.json").is_file():
         eos = Tokenizer.from_file(str(file)).token_to_id("<|endoftext|>")
-    return () if eos is None else tuple(eos) if isinstance(eos, list | tuple) else (eos,)
+        ends = () if eos is None else (eos,)
+    return ends

@@ -39,9 +39,8 @@ class HarnessLM(TemplateLM):
         for name, value in (("batch_tokens", batch_tokens), ("max_length", max_length)):
             if value < 1:
                 raise ValueError(f"{name} is {value}, expected at least 1")
-        eos = model.config.eos_token_id
-        found = eos[0] if isinstance(eos, list) else eos
-        self._eot = tokenizer.token_to_id("<|endoftext|>") if found is None else found
+        ends = model.config.end_ids
+        self._eot = ends[0] if ends else tokenizer.token_to_id("<|endoftext|>")
         if self._eot is None:
             raise ValueError("the model has no eos_token_id and the tokenizer no <|endoftext|>, expected one")
         self.model, self._tokenizer = model.eval(), tokenizer

@@ -31,7 +31,7 @@ def token_keys(path: Path, config: MambaConfig) -> list[tuple[str, Any]]:
         kinds |= {id: CONTROL if token["special"] else USER_DEFINED for id, token in added.items()}
         merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in bpe["merges"]]
         tokenizer = Tokenizer.from_file(str(path))
-        eos = config.eos_token_id[0] if isinstance(config.eos_token_id, list | tuple) else config.eos_token_id
+        eos = next(iter(config.end_ids), None)
         eos = tokenizer.token_to_id("<|endoftext|>") if eos is None else eos
         if eos is None:  # llama.cpp would end texts at token 11
             raise CheckpointError(f"{path}: has no <|endoftext|>, expected it or eos_token_id in config.json")
