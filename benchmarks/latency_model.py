@@ -65,13 +65,20 @@ def random_model(config: MambaConfig, ternary: TernaryConfig, device: str, dtype
 
 
 def ours(model: MambaLM, device: str) -> Build:
+    runner = graphs.Runner(model) if device == "cuda" else None
+
     def build(bench, batch, length, state_dtype, mode):
         cache = model.empty_cache(batch, state_dtype)
         if bench == "decode" and mode == "graph":
-            loop = graphs.Loop(graphs.Runner(model), model, batch, SamplingConfig())
+            loop = graphs.Loop(runner, model, batch, SamplingConfig())
             loop.cache = cache
             return [lambda: loop.advance(model)], state_dtype
         ids = torch.randint(VOCAB, (batch, length), device=device)
+        if bench == "prefill" and device == "cuda":
+            prefill = graphs.Prefill(runner.decoder, batch * length, cache)
+            prefill.ids.copy_(ids.view(1, -1))
+            prefill.bounds.copy_(torch.arange(batch + 1) * length)
+            return [lambda: prefill.run(model).argmax(-1)], state_dtype
         if bench == "decode" and device == "cpu":
             decoder = Decoder(model) if Decoder.supports(model, batch) else None
             return [lambda: next_logits(model, decoder, ids[:, 0], cache).argmax(-1)], state_dtype

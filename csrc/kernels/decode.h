@@ -1,5 +1,5 @@
-// One token of each sequence through all layers of a ternary Mamba-2:
-//   x += out_proj(rms_norm(ssd_update(silu(conv([x, B, C] of in_proj(rms_norm(x))))) * silu(z)))
+// All layers of a ternary Mamba-2, for one token of each sequence (decode) or for whole sequences (prefill):
+//   x += out_proj(rms_norm(ssd(silu(conv([x, B, C] of in_proj(rms_norm(x))))) * silu(z)))
 #pragma once
 
 #include <cstdint>
@@ -13,7 +13,7 @@ namespace ternary {
 // L layers, b sequences, d = d_model, e = d_inner, h heads, n state size, c = e + 2 n channels of the
 // convolution, r = e + c + h rows of in_proj: z, x, B, C, dt.
 struct DecodeArgs {
-  const int64_t* tokens;        // [b]
+  const int64_t* tokens;        // [b], or of prefill [b, length], or [length] with cu_seqlens
   const void* embedding;        // [vocab, d], of `type`, or int8 where it has scales
   const void* embedding_scale;  // [vocab] of scale_type, or null
   const void* norm;             // [L, d]
@@ -21,7 +21,7 @@ struct DecodeArgs {
   const void* in_scales;        // [L, r, d / in_group], or [L] where in_one_scale
   const void* conv_weight;      // [L, c, 4]
   const void* conv_bias;        // [L, c] or null
-  void* conv_state;             // [L, b, 3, c]
+  void* conv_state;             // [L, b, 3, c]; prefill only writes the states: sequences begin
   const float* dt_bias;         // [L, h]
   const float* A;               // [L, h]
   const float* D;               // [L, h]
@@ -29,24 +29,33 @@ struct DecodeArgs {
   const void* gate_norm;        // [L, e]
   const uint8_t* out_codes;     // [L, d, e / 4]
   const void* out_scales;       // [L, d, e / out_group], or [L] where out_one_scale
-  float* hidden;                // [b, d]: x after the last layer
+  float* hidden;                // [tokens, d]: x after the last layer
   void* workspace;              // zeros at first, the kernel's own from then on; or the plan's buffers
   DType type;                   // of norms, convolution and its state: f16 or bf16
   DType scale_type, state_type;
-  bool a8;  // cpu: both projections round their input to int8
+  bool a8, fp8;  // both projections round their input: a8 on a CPU, fp8 in sm90's prefill
   bool in_one_scale, out_one_scale;
   int layers, batch, d_model, heads, head_dim, state_size;
   int64_t vocab;
   int in_group, out_group;
   float eps, dt_min, dt_max;  // dt_max infinity: no limit
+  bool prefill = false;
+  int64_t length = 1;
+  const int32_t* cu_seqlens = nullptr;  // [b + 1] or null: a sequence is a row of tokens
+
+  int64_t rows() const { return cu_seqlens ? length : batch * length; }
 };
 
 namespace sm90 {
 struct DecodePlan;
 }
-// Both return a cudaError_t. decode_sm90 takes a plan that expects nothing.
+// All return a cudaError_t. decode_sm90 takes a plan that expects nothing.
 int plan_decode_sm90(const DecodeArgs& args, sm90::DecodePlan* plan);
 int decode_sm90(const DecodeArgs& args, const sm90::DecodePlan& plan, CUstream_st* stream);
+
+// What the tensors lack, or null; bytes for the workspace.
+int plan_prefill_sm90(const DecodeArgs& args, const char** expected, int64_t* workspace);
+int prefill_sm90(const DecodeArgs& args, CUstream_st* stream);
 
 // On a CPU other operators' kernels run what is in a layer. These do what is between; work items are rows.
 

@@ -36,6 +36,91 @@ inline PackedLayers check_layers(const Tensor& codes, const Tensor& scales, cons
   return {k / groups, one_scale};
 }
 
+// The tensors of both operators, under the schema's names.
+struct ModelTensors {
+  const Tensor &tokens, &embedding;
+  const std::optional<Tensor>& embedding_scale;
+  const Tensor &norm, &in_codes, &in_scales, &conv_weight;
+  const std::optional<Tensor>& conv_bias;
+  const Tensor &conv_state, &dt_bias, &A, &D, &ssm_state, &gate_norm, &out_codes, &out_scales;
+};
+
+// Checks them; all but activations, workspace and the result. b: sequences.
+inline DecodeArgs model_args(const ModelTensors& t, int64_t b, double eps, double dt_min,
+                             std::optional<double> dt_max) {
+  check_dim(t.norm, 2, "norm");
+  check_dim(t.ssm_state, 5, "ssm_state");
+  check_dim(t.embedding, 2, "embedding");
+  const int64_t layers = t.norm.size(0), d = t.norm.size(1), tokens = t.tokens.numel();
+  const int64_t h = t.ssm_state.size(2), p = t.ssm_state.size(3), n = t.ssm_state.size(4);
+  const int64_t e = h * p, c = e + 2 * n;
+  STD_TORCH_CHECK(layers > 0 && d > 0 && b > 0 && tokens > 0 && e > 0 && n > 0, "an empty tensor among norm ",
+                  shape(t.norm), ", tokens ", shape(t.tokens), ", ssm_state ", shape(t.ssm_state));
+  constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
+  STD_TORCH_CHECK(layers < kMost && d < kMost / 4 && tokens < kMost && c < kMost / 4,
+                  "sizes beyond 32 bits: norm ", shape(t.norm), ", tokens ", shape(t.tokens), ", ssm_state ",
+                  shape(t.ssm_state));
+  const ScalarType dtype = t.norm.scalar_type(), scale_dtype = t.in_scales.scalar_type();
+  const auto check = [&](const Tensor& tensor, ScalarType type, const Sizes& size, const char* name) {
+    check_device(tensor, t.tokens, name);
+    check_type(tensor, type, name);
+    check_contiguous(tensor, name);
+    check_shape(tensor, size, name);
+  };
+  const Tensor& table = t.embedding;
+  check(t.tokens, ScalarType::Long, {t.tokens.sizes().begin(), t.tokens.sizes().end()}, "tokens");
+  check(table, t.embedding_scale ? ScalarType::Char : dtype, {table.size(0), d}, "embedding");
+  if (t.embedding_scale) check(*t.embedding_scale, scale_dtype, {table.size(0), 1}, "embedding_scale");
+  check(t.norm, dtype, {layers, d}, "norm");
+  const PackedLayers in = check_layers(t.in_codes, t.in_scales, {layers, e + c + h, d}, t.tokens, "in");
+  check(t.conv_weight, dtype, {layers, c, 4}, "conv_weight");
+  if (t.conv_bias) check(*t.conv_bias, dtype, {layers, c}, "conv_bias");
+  check(t.conv_state, dtype, {layers, b, 3, c}, "conv_state");
+  for (const auto& [tensor, name] : {std::pair{&t.dt_bias, "dt_bias"}, {&t.A, "A"}, {&t.D, "D"}})
+    check(*tensor, ScalarType::Float, {layers, h}, name);
+  check(t.ssm_state, t.ssm_state.scalar_type(), {layers, b, h, p, n}, "ssm_state");
+  check(t.gate_norm, dtype, {layers, e}, "gate_norm");
+  const PackedLayers out = check_layers(t.out_codes, t.out_scales, {layers, d, e}, t.tokens, "out");
+  check_type(t.out_scales, scale_dtype, "out_scales");
+  return {.tokens = t.tokens.const_data_ptr<int64_t>(),
+          .embedding = table.const_data_ptr(),
+          .embedding_scale = t.embedding_scale ? t.embedding_scale->const_data_ptr() : nullptr,
+          .norm = t.norm.const_data_ptr(),
+          .in_codes = t.in_codes.const_data_ptr<uint8_t>(),
+          .in_scales = t.in_scales.const_data_ptr(),
+          .conv_weight = t.conv_weight.const_data_ptr(),
+          .conv_bias = t.conv_bias ? t.conv_bias->const_data_ptr() : nullptr,
+          .conv_state = t.conv_state.mutable_data_ptr(),
+          .dt_bias = t.dt_bias.const_data_ptr<float>(),
+          .A = t.A.const_data_ptr<float>(),
+          .D = t.D.const_data_ptr<float>(),
+          .ssm_state = t.ssm_state.mutable_data_ptr(),
+          .gate_norm = t.gate_norm.const_data_ptr(),
+          .out_codes = t.out_codes.const_data_ptr<uint8_t>(),
+          .out_scales = t.out_scales.const_data_ptr(),
+          .hidden = nullptr,
+          .workspace = nullptr,
+          .type = float_type(t.norm, "norm"),
+          .scale_type = float_type(t.in_scales, "in_scales"),
+          .state_type = float_type(t.ssm_state, "ssm_state"),
+          .a8 = false,
+          .fp8 = false,
+          .in_one_scale = in.one_scale,
+          .out_one_scale = out.one_scale,
+          .layers = static_cast<int>(layers),
+          .batch = static_cast<int>(b),
+          .d_model = static_cast<int>(d),
+          .heads = static_cast<int>(h),
+          .head_dim = static_cast<int>(p),
+          .state_size = static_cast<int>(n),
+          .vocab = table.size(0),
+          .in_group = static_cast<int>(in.group),
+          .out_group = static_cast<int>(out.group),
+          .eps = static_cast<float>(eps),
+          .dt_min = static_cast<float>(dt_min),
+          .dt_max = static_cast<float>(dt_max.value_or(std::numeric_limits<double>::infinity()))};
+}
+
 // ternary::decode: checks the tensors, allocates the result and hands them to the device's kernel.
 template <void (*run)(const DecodeArgs&, const Tensor& workspace), bool kGpu>
 Tensor decode(const Tensor& tokens, const Tensor& embedding, const std::optional<Tensor>& embedding_scale,
@@ -47,79 +132,48 @@ Tensor decode(const Tensor& tokens, const Tensor& embedding, const std::optional
   STD_TORCH_CHECK(activations == "a16" || (!kGpu && activations == "a8"), "activations must be a16",
                   kGpu ? " on a GPU" : " or a8 on a CPU", ", not ", activations);
   check_dim(tokens, 1, "tokens");
-  check_dim(norm, 2, "norm");
-  check_dim(ssm_state, 5, "ssm_state");
-  check_dim(embedding, 2, "embedding");
-  const int64_t layers = norm.size(0), d = norm.size(1), b = tokens.size(0);
-  const int64_t h = ssm_state.size(2), p = ssm_state.size(3), n = ssm_state.size(4);
-  const int64_t e = h * p, c = e + 2 * n;
-  STD_TORCH_CHECK(layers > 0 && d > 0 && b > 0 && e > 0 && n > 0, "decode: an empty tensor among norm ",
-                  shape(norm), ", tokens ", shape(tokens), ", ssm_state ", shape(ssm_state));
-  constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
-  STD_TORCH_CHECK(layers < kMost && d < kMost / 4 && b < kMost && c < kMost / 4,
-                  "decode: sizes beyond 32 bits: norm ", shape(norm), ", ssm_state ", shape(ssm_state));
-  const ScalarType dtype = norm.scalar_type();
-  const auto check = [&](const Tensor& t, ScalarType type, const Sizes& size, const char* name) {
-    check_device(t, tokens, name);
-    check_type(t, type, name);
-    check_contiguous(t, name);
-    check_shape(t, size, name);
-  };
-  check(tokens, ScalarType::Long, {b}, "tokens");
-  check(embedding, embedding_scale ? ScalarType::Char : dtype, {embedding.size(0), d}, "embedding");
-  if (embedding_scale)
-    check(*embedding_scale, in_scales.scalar_type(), {embedding.size(0), 1}, "embedding_scale");
-  check(norm, dtype, {layers, d}, "norm");
-  const PackedLayers in = check_layers(in_codes, in_scales, {layers, e + c + h, d}, tokens, "in");
-  check(conv_weight, dtype, {layers, c, 4}, "conv_weight");
-  if (conv_bias) check(*conv_bias, dtype, {layers, c}, "conv_bias");
-  check(conv_state, dtype, {layers, b, 3, c}, "conv_state");
-  for (const auto& [t, name] : {std::pair{&dt_bias, "dt_bias"}, {&A, "A"}, {&D, "D"}})
-    check(*t, ScalarType::Float, {layers, h}, name);
-  check(ssm_state, ssm_state.scalar_type(), {layers, b, h, p, n}, "ssm_state");
-  check(gate_norm, dtype, {layers, e}, "gate_norm");
-  const PackedLayers out = check_layers(out_codes, out_scales, {layers, d, e}, tokens, "out");
-  check_type(out_scales, in_scales.scalar_type(), "out_scales");
-  check(workspace, ScalarType::Int, {workspace.numel()}, "workspace");
+  const int64_t b = tokens.size(0);
+  DecodeArgs args = model_args({tokens, embedding, embedding_scale, norm, in_codes, in_scales, conv_weight,
+                                conv_bias, conv_state, dt_bias, A, D, ssm_state, gate_norm, out_codes,
+                                out_scales},
+                               b, eps, dt_min, dt_max);
+  check_device(workspace, tokens, "workspace");
+  check_type(workspace, ScalarType::Int, "workspace");
+  check_contiguous(workspace, "workspace");
+  check_dim(workspace, 1, "workspace");
+  Tensor hidden = torch::stable::new_empty(tokens, {b, norm.size(1)}, ScalarType::Float);
+  args.hidden = hidden.mutable_data_ptr<float>();
+  args.workspace = workspace.mutable_data_ptr();
+  args.a8 = activations == "a8";
+  run(args, workspace);
+  return hidden;
+}
 
-  Tensor hidden = torch::stable::new_empty(tokens, {b, d}, ScalarType::Float);
-  run({.tokens = tokens.const_data_ptr<int64_t>(),
-       .embedding = embedding.const_data_ptr(),
-       .embedding_scale = embedding_scale ? embedding_scale->const_data_ptr() : nullptr,
-       .norm = norm.const_data_ptr(),
-       .in_codes = in_codes.const_data_ptr<uint8_t>(),
-       .in_scales = in_scales.const_data_ptr(),
-       .conv_weight = conv_weight.const_data_ptr(),
-       .conv_bias = conv_bias ? conv_bias->const_data_ptr() : nullptr,
-       .conv_state = conv_state.mutable_data_ptr(),
-       .dt_bias = dt_bias.const_data_ptr<float>(),
-       .A = A.const_data_ptr<float>(),
-       .D = D.const_data_ptr<float>(),
-       .ssm_state = ssm_state.mutable_data_ptr(),
-       .gate_norm = gate_norm.const_data_ptr(),
-       .out_codes = out_codes.const_data_ptr<uint8_t>(),
-       .out_scales = out_scales.const_data_ptr(),
-       .hidden = hidden.mutable_data_ptr<float>(),
-       .workspace = workspace.mutable_data_ptr(),
-       .type = float_type(norm, "norm"),
-       .scale_type = float_type(in_scales, "in_scales"),
-       .state_type = float_type(ssm_state, "ssm_state"),
-       .a8 = activations == "a8",
-       .in_one_scale = in.one_scale,
-       .out_one_scale = out.one_scale,
-       .layers = static_cast<int>(layers),
-       .batch = static_cast<int>(b),
-       .d_model = static_cast<int>(d),
-       .heads = static_cast<int>(h),
-       .head_dim = static_cast<int>(p),
-       .state_size = static_cast<int>(n),
-       .vocab = embedding.size(0),
-       .in_group = static_cast<int>(in.group),
-       .out_group = static_cast<int>(out.group),
-       .eps = static_cast<float>(eps),
-       .dt_min = static_cast<float>(dt_min),
-       .dt_max = static_cast<float>(dt_max.value_or(std::numeric_limits<double>::infinity()))},
-      workspace);
+// ternary::prefill, on a GPU.
+template <void (*run)(DecodeArgs&, const Tensor& hidden)>
+Tensor prefill(const Tensor& tokens, const std::optional<Tensor>& cu_seqlens, const Tensor& embedding,
+               const std::optional<Tensor>& embedding_scale, const Tensor& norm, const Tensor& in_codes,
+               const Tensor& in_scales, const Tensor& conv_weight, const std::optional<Tensor>& conv_bias,
+               const Tensor& conv_state, const Tensor& dt_bias, const Tensor& A, const Tensor& D,
+               const Tensor& ssm_state, const Tensor& gate_norm, const Tensor& out_codes,
+               const Tensor& out_scales, double eps, double dt_min, std::optional<double> dt_max,
+               std::string activations) {
+  STD_TORCH_CHECK(activations == "a16" || activations == "fp8", "activations must be a16 or fp8, not ",
+                  activations);
+  check_dim(tokens, 2, "tokens");
+  const auto bounds = sequence_bounds(cu_seqlens, tokens);
+  DecodeArgs args = model_args({tokens, embedding, embedding_scale, norm, in_codes, in_scales, conv_weight,
+                                conv_bias, conv_state, dt_bias, A, D, ssm_state, gate_norm, out_codes,
+                                out_scales},
+                               count_sequences(bounds, tokens), eps, dt_min, dt_max);
+  const Sizes size = {tokens.size(0), tokens.size(1), norm.size(1)};
+  Tensor hidden = torch::stable::new_empty(tokens, size, ScalarType::Float);
+  args.hidden = hidden.mutable_data_ptr<float>();
+  args.prefill = true;
+  args.fp8 = activations == "fp8";
+  args.length = tokens.size(1);
+  args.cu_seqlens = bounds ? bounds->const_data_ptr<int32_t>() : nullptr;
+  run(args, hidden);
   return hidden;
 }
 

@@ -71,6 +71,18 @@ static void run_decode(const DecodeArgs& args, const Tensor& workspace) {
   STD_CUDA_CHECK(cudaError_t(decode_sm90(planned, plan, current_stream(workspace))));
 }
 
+static void run_prefill(DecodeArgs& args, const Tensor& hidden) {
+  const torch::stable::accelerator::DeviceGuard guard(hidden.get_device_index());
+  const char* expected = nullptr;
+  int64_t bytes = 0;
+  STD_CUDA_CHECK(cudaError_t(plan_prefill_sm90(args, &expected, &bytes)));
+  STD_TORCH_CHECK(!expected, "prefill on this device serves ", expected, "; found d_model ", args.d_model,
+                  ", heads ", args.heads, " of ", args.head_dim, ", state size ", args.state_size);
+  const Tensor workspace = torch::stable::new_empty(hidden, {bytes}, ScalarType::Byte);
+  args.workspace = workspace.mutable_data_ptr();
+  STD_CUDA_CHECK(cudaError_t(prefill_sm90(args, current_stream(hidden))));
+}
+
 }  // namespace ternary
 
 STABLE_TORCH_LIBRARY_IMPL(ternary, CUDA, m) {
@@ -83,6 +95,7 @@ STABLE_TORCH_LIBRARY_IMPL(ternary, CUDA, m) {
   m.impl("quantize_fp8", TORCH_BOX((&quantize_fp8<run<QuantizeFp8Args, quantize_fp8_sm90>>)));
   m.impl("gemm", TORCH_BOX((&gemm<run_gemm, true>)));
   m.impl("decode", TORCH_BOX((&decode<run_decode, true>)));
+  m.impl("prefill", TORCH_BOX((&prefill<run_prefill>)));
   m.impl("choose", TORCH_BOX((&choose<run<ChooseArgs, choose_sm90>>)));
   m.impl("selective_scan", TORCH_BOX((&selective_scan<run<SelectiveScanArgs, selective_scan_sm90>>)));
   m.impl("selective_scan_fused",

@@ -55,5 +55,11 @@ STABLE_TORCH_LIBRARY(ternary, m) {
       "Tensor A, Tensor D, Tensor(b!) ssm_state, Tensor gate_norm, Tensor out_codes, Tensor out_scales, "
       "Tensor(c!) workspace, float eps, float dt_min=0.0, float? dt_max=None, str activations=\"a16\") -> "
       "Tensor");
+  m.def(
+      "prefill(Tensor tokens, Tensor? cu_seqlens, Tensor embedding, Tensor? embedding_scale, Tensor norm, "
+      "Tensor in_codes, Tensor in_scales, Tensor conv_weight, Tensor? conv_bias, Tensor(a!) conv_state, "
+      "Tensor dt_bias, Tensor A, Tensor D, Tensor(b!) ssm_state, Tensor gate_norm, Tensor out_codes, "
+      "Tensor out_scales, float eps, float dt_min=0.0, float? dt_max=None, str activations=\"a16\") -> "
+      "Tensor");
   m.def("choose(Tensor logits, int vocab_size, Tensor(a!) tokens, Tensor(b!) chosen, Tensor(c!) step) -> ()");
 }

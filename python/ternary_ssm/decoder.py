@@ -1,4 +1,4 @@
-"""Decoder: one token through all layers of a Mamba-2 model by one operator, on weights stacked by kind."""
+"""Decoder: all layers of a Mamba-2 model by one operator, on weights stacked by kind."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from . import _C
 from .layers import Int8Table, TernaryLinear
+from .ops import has_kernel
 
 if TYPE_CHECKING:
     from .config import MambaConfig
@@ -92,23 +93,46 @@ class Decoder:
 
     def __call__(self, tokens: Tensor, cache: MambaCache) -> Tensor:
         """Updates the cache in place."""
-        table, c, s = self.backbone.embeddings, self.config, self.stacks
-        scale = table.weight_scale if isinstance(table, Int8Table) else None
         if len(tokens) not in self.workspaces:
             with torch.inference_mode(False):  # of use in either mode, as A is
-                self.workspaces[len(tokens)] = decode_workspace(c, len(tokens), tokens.device)
-        return torch.ops.ternary.decode(
-            *(tokens, table.weight.detach(), scale, s["norm"], s["in_codes"], s["in_scales"]),
-            *(s["conv_weight"].squeeze(2), s.get("conv_bias"), cache.conv, s["dt_bias"], self.A, s["D"]),
-            *(cache.ssm, s["gate_norm"], s["out_codes"], s["out_scales"]),
-            *(self.workspaces[len(tokens)], c.norm_epsilon, *c.dt_limit, self.activations),
-        )
+                workspace = decode_workspace(self.config, len(tokens), tokens.device)
+                self.workspaces[len(tokens)] = workspace
+        weights, workspace = self._weights(cache), self.workspaces[len(tokens)]
+        # A GPU's kernel does not round the activations of a token.
+        activations = self.activations if tokens.device.type == "cpu" else "a16"
+        return torch.ops.ternary.decode(tokens, *weights, workspace, *self._options, activations)
+
+    def prefill(self, ids: Tensor, cache: MambaCache, cu_seqlens: Tensor | None = None) -> Tensor:
+        """Sequences [b, l], or those of cu_seqlens, from their beginning: the residual stream [b, l, d].
+
+        Overwrites the cache.
+        """
+        weights = self._weights(cache)
+        return torch.ops.ternary.prefill(ids, cu_seqlens, *weights, *self._options, self.activations)
+
+    @property
+    def prefills(self) -> bool:
+        """Whether `prefill` has a kernel for the model as it stands."""
+        device = self.backbone.norm_f.weight.device.type
+        return has_kernel("prefill", device) and _same_activations(self.backbone.layers)
 
     @property
     def activations(self) -> str:
-        """Those of the layers on a CPU; a GPU's kernel does not round them."""
-        mixer = self.backbone.layers[0].mixer
-        return mixer.in_proj.activations if mixer.in_proj.weight.is_cpu else "a16"
+        return self.backbone.layers[0].mixer.in_proj.activations
+
+    @property
+    def _options(self) -> tuple[float, float, float | None]:
+        return self.config.norm_epsilon, *self.config.dt_limit
+
+    def _weights(self, cache: MambaCache) -> tuple[Tensor | None, ...]:
+        """What both operators take."""
+        table, s = self.backbone.embeddings, self.stacks
+        scale = table.weight_scale if isinstance(table, Int8Table) else None
+        return (
+            *(table.weight.detach(), scale, s["norm"], s["in_codes"], s["in_scales"]),
+            *(s["conv_weight"].squeeze(2), s.get("conv_bias"), cache.conv, s["dt_bias"], self.A, s["D"]),
+            *(cache.ssm, s["gate_norm"], s["out_codes"], s["out_scales"]),
+        )
 
     def _stack(self) -> None:
         self.stacks.clear()

@@ -132,14 +132,14 @@ class Runner:
         ids, bounds = [t for prompt in prompts for t in prompt], [*accumulate(map(len, prompts), initial=0)]
         bucket = next((size for size in BUCKETS if size >= len(ids)), None)
         if not self.captures_prefill or bucket is None or cache.ssm.nbytes > PREFILL_BYTES:
-            return Prefill(model, len(ids), cache)(model, ids, bounds)
+            return Prefill(self.decoder, len(ids), cache)(model, ids, bounds)
         rows = len(prompts) + 1  # the last sequence is the padding
         key = bucket, rows
         again = key in self.prefills
         prefill = self.prefills.pop(key, None)
         if prefill is None:
             scratch = self.scratch[rows] = self.scratch.get(rows) or model.empty_cache(rows)
-            prefill = Prefill(model, bucket, scratch)
+            prefill = Prefill(self.decoder, bucket, scratch)
         logits = prefill(model, ids, [*bounds, bucket])
         if again and prefill.graph is None:  # what runs once is not worth a graph
             prefill.capture(model, self.pool)
@@ -152,28 +152,32 @@ class Runner:
 
 
 class Prefill:
-    """Sequences end to end, of so many tokens in all, into fresh states."""
+    """Sequences end to end, of so many tokens in all, into fresh states; without a Decoder by the layers."""
 
-    def __init__(self, model: MambaLM, tokens: int, cache: MambaCache) -> None:
-        self.cache, self.graph = cache, None
-        self.ids = torch.zeros(1, tokens, dtype=torch.int64, device=model.device)
-        self.bounds = torch.zeros(cache.ssm.shape[1] + 1, dtype=torch.int32, device=model.device)
+    def __init__(self, decoder: Decoder | None, tokens: int, cache: MambaCache) -> None:
+        self.decoder, self.cache, self.graph = decoder, cache, None
+        self.ids = torch.zeros(1, tokens, dtype=torch.int64, device=cache.ssm.device)
+        self.bounds = torch.zeros(cache.ssm.shape[1] + 1, dtype=torch.int32, device=cache.ssm.device)
 
     def __call__(self, model: MambaLM, ids: list[int], bounds: list[int]) -> Tensor:
         """The logits [q, v] of each sequence's last token."""
         put(self.ids[0, : len(ids)], torch.tensor(ids))
         put(self.bounds, torch.tensor(bounds, dtype=torch.int32))
         if self.graph is None:
-            self.logits = self._run(model)
+            self.logits = self.run(model)
         else:
             self.graph.replay()
         return self.logits
 
     def capture(self, model: MambaLM, pool: tuple[int, int]) -> None:
         """To be called after a run, whose logits the graph's replays overwrite."""
-        self.graph = capture(lambda: self.logits.copy_(self._run(model)), pool)
+        self.graph = capture(lambda: self.logits.copy_(self.run(model)), pool)
 
-    def _run(self, model: MambaLM) -> Tensor:
+    def run(self, model: MambaLM) -> Tensor:
+        if self.decoder is not None and self.decoder.prefills:
+            hidden = self.decoder.prefill(self.ids, self.cache, self.bounds)
+            last = hidden[0, self.bounds[1:].long() - 1].to(model.dtype)
+            return model.logits(model.backbone.norm_f(last))
         self.cache.conv.zero_()
         self.cache.ssm.zero_()
         return model(self.ids, self.cache, self.bounds, last_only=True).logits[:, 0]

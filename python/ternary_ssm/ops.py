@@ -4,6 +4,7 @@ Where a GPU has no kernel of ours for an operator, its differentiable form serve
 """
 
 from collections.abc import Callable
+from functools import partial
 from importlib.util import find_spec
 
 import torch
@@ -15,8 +16,8 @@ from . import reference
 _OPERATORS = ("quantize", "pack", "unpack", "dequantize", "gemm", "int8_linear")
 _OPERATORS += ("causal_conv1d", "causal_conv1d_update")
 _OPERATORS += ("selective_scan", "selective_scan_fused", "selective_scan_update", "ssd", "ssd_update")
-_OPERATORS += ("rms_norm_gated", "add_rms_norm", "decode", "choose", "fake_quantize", "distillation")
-_OPERATORS += ("quantize_fp8",)
+_OPERATORS += ("rms_norm_gated", "add_rms_norm", "decode", "prefill", "choose", "fake_quantize")
+_OPERATORS += ("distillation", "quantize_fp8")
 
 
 @torch.library.register_fake("ternary::quantize")
@@ -215,6 +216,11 @@ def _(tokens, embedding, *_args, **_options):
     return embedding.new_empty(*tokens.shape, embedding.shape[1], dtype=torch.float32)
 
 
+@torch.library.register_fake("ternary::prefill")
+def _(tokens, cu_seqlens, embedding, *_args, **_options):
+    return embedding.new_empty(*tokens.shape, embedding.shape[1], dtype=torch.float32)
+
+
 @torch.library.register_fake("ternary::choose")
 def _(logits, vocab_size, tokens, chosen, step):
     pass
@@ -304,13 +310,11 @@ def _differentiate(name: str, function: Callable) -> None:
     torch.library.register_autograd(f"ternary::{name}", backward, setup_context=setup_context)
 
 
-def _decode(*args, **options):
-    """decode by one operator after another."""
-    return reference.decode(*args, **options, operators=torch.ops.ternary)
-
-
-# Operators whose differentiable form is not simply their reference.
-_FUNCTIONS = {"causal_conv1d": _causal_conv1d, "ssd": _ssd, "decode": _decode, "int8_linear": _int8_linear}
+# Operators whose form without a kernel, or for the gradient, is not simply their reference.
+_FUNCTIONS = {"causal_conv1d": _causal_conv1d, "ssd": _ssd, "int8_linear": _int8_linear}
+_FUNCTIONS |= {  # by one operator after another
+    name: partial(getattr(reference, name), operators=torch.ops.ternary) for name in ("decode", "prefill")
+}
 
 for _name in ("causal_conv1d", "selective_scan", "selective_scan_fused", "ssd", "rms_norm_gated"):
     _differentiate(_name, _FUNCTIONS.get(_name, getattr(reference, _name)))

@@ -147,8 +147,10 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) conv_kernel(const __gr
   const int64_t channel = vector * Convolution<Element, Weight>::kChannels;
   const int64_t first = int64_t{blockIdx.x / args.blocks_of_tile} * args.tile;
   const int64_t end = min(first + args.tile, tokens_of_batch(a));
+  launch_dependents();
   if (channel >= a.channels) return;
   Convolution<Element, Weight> convolution(a, channel);
+  wait_for_prerequisites();
   // From the start, empty sequences there included.
   for (int64_t sequence = first == 0 ? 0 : sequence_of(a, first); sequence < a.sequences; ++sequence) {
     const Tokens tokens = tokens_of(a, sequence);
@@ -250,12 +252,12 @@ int causal_conv1d_sm90(const CausalConv1dArgs& args, CUstream_st* stream) {
       const int tile = tokens / kTile * vectors < kFewThreads ? kShortTile : kTile;
       const ConvArgs a = {args, tile, blocks_for(vectors)};
       const auto tiles = static_cast<unsigned>(tokens == 0 ? 1 : (tokens + tile - 1) / tile);
-      conv_kernel<Element, decltype(weight)><<<tiles * a.blocks_of_tile, kThreads, 0, stream>>>(a);
-    } else {
-      const int64_t rows = tokens + args.sequences * (args.width - 1);
-      if (rows == 0) return cudaSuccess;
-      plain_conv_kernel<Element><<<blocks_for(rows * args.channels), kThreads, 0, stream>>>(args);
+      return launch_overlapping(conv_kernel<Element, decltype(weight)>, a, tiles * a.blocks_of_tile, kThreads,
+                                stream);
     }
+    const int64_t rows = tokens + args.sequences * (args.width - 1);
+    if (rows == 0) return cudaSuccess;
+    plain_conv_kernel<Element><<<blocks_for(rows * args.channels), kThreads, 0, stream>>>(args);
     return cudaGetLastError();
   });
 }

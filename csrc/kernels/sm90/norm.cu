@@ -1,6 +1,6 @@
 // A block has a row, or its part of one group. Where the part has at most 6144 elements, a thread has one run
-// of 8 that stays in its registers; longer ones, and those that cannot be read 16 bytes at a time, are read
-// twice.
+// of 8, or of 16, that stays in its registers; longer ones, and those that cannot be read 16 bytes at a time,
+// are read twice.
 #include <algorithm>
 #include <initializer_list>
 
@@ -12,8 +12,12 @@
 namespace ternary {
 namespace sm90 {
 
-constexpr int kMaxThreads = 768;  // twice an SM: 40 registers
-constexpr int kLongRun = 8;       // elements: 16 bytes of halves, twice 16 of floats
+constexpr int kMaxThreads = 768;
+constexpr int kLongRun = 8;  // elements: 16 bytes of halves, twice 16 of floats
+
+// rms_norm_gated has enough arithmetic for a thread's own costs to count: runs of 16.
+constexpr int kGatedRun = 16;
+constexpr int kGatedThreads = 384;  // twice an SM: 80 registers
 
 // kRun elements as they lie, or as a float where kRun is 1. Several can be asked for before one is used.
 struct Raw {
@@ -93,8 +97,8 @@ __device__ float squares(const float (&h)[kRun]) {
   return sum;
 }
 
-// h: what is normed; gate: what multiplies it afterwards.
-template <class Element, int kRun>
+// h: what is normed; gate: what multiplies it afterwards, if kBefore.
+template <bool kBefore, class Element, int kRun>
 __device__ void load_gated(const RmsNormGatedArgs& a, int64_t row, int64_t column, float (&h)[kRun],
                            float (&gate)[kRun]) {
   using Elements = Run<Element, kRun, true>;
@@ -104,37 +108,44 @@ __device__ void load_gated(const RmsNormGatedArgs& a, int64_t row, int64_t colum
   const Elements y = at(a.y, a.y_stride), z = at(a.z, a.z_stride);
 #pragma unroll
   for (int j = 0; j < kRun; ++j) {
-    const float factor = silu_fast(to_float(z.at[j]));
-    h[j] = to_float(y.at[j]) * (a.norm_before_gate ? 1.0f : factor);
-    gate[j] = a.norm_before_gate ? factor : 1.0f;
+    gate[j] = silu_fast(to_float(z.at[j]));
+    h[j] = to_float(y.at[j]) * (kBefore ? 1.0f : gate[j]);
   }
 }
 
-template <class Element, int kRun>
-__global__ void __launch_bounds__(kMaxThreads, 2)
+template <class Element, int kRun, bool kBefore>
+__global__ void __launch_bounds__(kGatedThreads, 2)
     rms_norm_gated_kernel(const __grid_constant__ RmsNormGatedArgs a) {
   launch_dependents();
+  const auto groups = static_cast<unsigned>(a.groups), row = groups == 1 ? blockIdx.x : blockIdx.x / groups;
   const int n = static_cast<int>(a.dim / a.groups), begin = threadIdx.x * kRun, step = blockDim.x * kRun;
-  const int64_t row = blockIdx.x / static_cast<unsigned>(a.groups);
-  const int64_t first = (blockIdx.x - row * a.groups) * n;
-  Raw weight = {};
-  if (begin < n) weight = load_raw<kRun>(a.weight, a.weight_type, first + begin);
+  const int first = static_cast<int>(blockIdx.x - row * groups) * n;
+  constexpr int kPiece = kRun < kLongRun ? kRun : kLongRun;
+  Raw weight[kRun / kPiece] = {};
+  const auto load_weight = [&](int i) {
+#pragma unroll
+    for (int j = 0; j < kRun; j += kPiece)
+      weight[j / kPiece] = load_raw<kPiece>(a.weight, a.weight_type, first + i + j);
+  };
+  if (begin < n) load_weight(begin);
   wait_for_prerequisites();
-  float h[kRun], gate[kRun], w[kRun], sum = 0;
+  float h[kRun], gate[kRun], w[kPiece], sum = 0;
   for (int i = begin; i < n; i += step) {
-    load_gated<Element>(a, row, first + i, h, gate);
+    load_gated<kBefore, Element>(a, row, first + i, h, gate);
     sum += squares(h);
   }
   const float scale = rsqrtf(block_sum(sum) / static_cast<float>(n) + a.eps);
   for (int i = begin; i < n; i += step) {
     if (n > step) {
-      weight = load_raw<kRun>(a.weight, a.weight_type, first + i);
-      load_gated<Element>(a, row, first + i, h, gate);
+      load_weight(i);
+      load_gated<kBefore, Element>(a, row, first + i, h, gate);
     }
-    widen(weight, a.weight_type, w);
     Run<Element, kRun, true> out;
 #pragma unroll
-    for (int j = 0; j < kRun; ++j) out.at[j] = from_float<Element>(h[j] * gate[j] * (scale * w[j]));
+    for (int j = 0; j < kRun; ++j) {
+      if (j % kPiece == 0) widen(weight[j / kPiece], a.weight_type, w);
+      out.at[j] = from_float<Element>(h[j] * (kBefore ? gate[j] : 1.0f) * (scale * w[j % kPiece]));
+    }
     *reinterpret_cast<decltype(out)*>(static_cast<Element*>(a.out) + row * a.dim + first + i) = out;
   }
 }
@@ -174,9 +185,9 @@ __global__ void __launch_bounds__(kMaxThreads) add_rms_norm_kernel(const __grid_
 // A block a part of n elements, a thread a run, in whole warps.
 template <class Args>
 static cudaError_t launch_norm(void (*kernel)(Args), const Args& args, int64_t parts, int64_t n, int run,
-                               cudaStream_t stream) {
+                               int most_threads, cudaStream_t stream) {
   if (parts == 0 || n == 0) return cudaSuccess;
-  const int64_t warps = std::min<int64_t>((n + 32 * run - 1) / (32 * run), kMaxThreads / 32);
+  const int64_t warps = std::min<int64_t>((n + 32 * run - 1) / (32 * run), most_threads / 32);
   return launch_overlapping(kernel, args, static_cast<unsigned>(parts), static_cast<unsigned>(32 * warps),
                             stream);
 }
@@ -194,18 +205,26 @@ int rms_norm_gated_sm90(const RmsNormGatedArgs& args, CUstream_st* stream) {
   using namespace sm90;
   const int64_t n = args.dim / args.groups, parts = args.rows * args.groups;
   const bool runs = in_runs({args.y, args.z, args.weight, args.out}, {n, args.y_stride, args.z_stride});
+  const auto launch = [&](auto element, auto run, auto before) -> int {
+    const auto kernel = rms_norm_gated_kernel<decltype(element), run.value, before.value>;
+    return launch_norm(kernel, args, parts, n, run.value, kGatedThreads, stream);
+  };
+  const auto launch_runs = [&](auto element, auto before) -> int {
+    if (!runs) return launch(element, std::integral_constant<int, 1>{}, before);
+    if (n % kGatedRun) return launch(element, std::integral_constant<int, kLongRun>{}, before);
+    return launch(element, std::integral_constant<int, kGatedRun>{}, before);
+  };
   return with_type(args.type, [&](auto element) -> int {
-    using Element = decltype(element);
-    return runs ? launch_norm(rms_norm_gated_kernel<Element, kLongRun>, args, parts, n, kLongRun, stream)
-                : launch_norm(rms_norm_gated_kernel<Element, 1>, args, parts, n, 1, stream);
+    return args.norm_before_gate ? launch_runs(element, std::true_type{})
+                                 : launch_runs(element, std::false_type{});
   });
 }
 
 int add_rms_norm_sm90(const AddRmsNormArgs& args, CUstream_st* stream) {
   using namespace sm90;
-  if (in_runs({args.x, args.residual, args.weight, args.y}, {args.dim, args.x_stride}))
-    return launch_norm(add_rms_norm_kernel<kLongRun>, args, args.rows, args.dim, kLongRun, stream);
-  return launch_norm(add_rms_norm_kernel<1>, args, args.rows, args.dim, 1, stream);
+  const bool runs = in_runs({args.x, args.residual, args.weight, args.y}, {args.dim, args.x_stride});
+  const auto kernel = runs ? add_rms_norm_kernel<kLongRun> : add_rms_norm_kernel<1>;
+  return launch_norm(kernel, args, args.rows, args.dim, runs ? kLongRun : 1, kMaxThreads, stream);
 }
 
 }  // namespace ternary

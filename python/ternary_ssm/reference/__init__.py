@@ -11,7 +11,7 @@ another in a batch of one, and the states have q rows. States are float32 unless
 
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .model import add_rms_norm, choose, decode, distillation, rms_norm_gated
+from .model import add_rms_norm, choose, decode, distillation, prefill, rms_norm_gated
 from .recurrences import (
     causal_conv1d,
     causal_conv1d_update,
@@ -36,6 +36,7 @@ __all__ = [
     "gemm",
     "int8_linear",
     "pack",
+    "prefill",
     "quantize",
     "quantize_fp8",
     "rms_norm_gated",

@@ -1,6 +1,7 @@
 """Norms, the loss of distillation, and a whole step of decoding."""
 
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -90,24 +91,99 @@ def decode(
     activations: those of gemm. operators: where gemm, the updates and the gated norm come from, this module
     by default.
     """
-    run, dtype, acc = operators or sys.modules[__package__], norm.dtype, accumulate(norm)
-    layers, b, h, p, n = ssm_state.shape
-    x = embedding[tokens]
-    if embedding_scale is not None:
-        x = x.to(acc) * embedding_scale[tokens].to(acc)
-    x = x.to(dtype).to(acc)
-    for i in range(layers):
-        u = F.rms_norm(x.to(dtype), x.shape[-1:], norm[i], eps)
-        z, xBC, dt = run.gemm(u, in_codes[i], in_scales[i], None, activations).split(
-            [h * p, h * p + 2 * n, h], dim=-1
-        )
+    run = operators or sys.modules[__package__]
+    b, h, p, n = ssm_state.shape[1:]
+
+    def mix(i: int, xBC: Tensor, dt: Tensor) -> Tensor:
         bias = None if conv_bias is None else conv_bias[i]
         xBC = run.causal_conv1d_update(xBC, conv_state[i], conv_weight[i], bias)
-        heads, B, C = xBC.split([h * p, n, n], dim=-1)
-        heads, B, C = heads.reshape(b, h, p), B.unsqueeze(1), C.unsqueeze(1)
-        options = (None, dt_bias[i], True, dt_min, dt_max)
-        y = run.ssd_update(heads, ssm_state[i], dt, A[i], B, C, D[i], *options).reshape(b, h * p)
-        y = run.rms_norm_gated(y, z, gate_norm[i], 1, eps, False)
+        x, B, C = xBC.split([h * p, n, n], dim=-1)
+        x, B, C = x.reshape(b, h, p), B.unsqueeze(1), C.unsqueeze(1)
+        options = (D[i], None, dt_bias[i], True, dt_min, dt_max)
+        return run.ssd_update(x, ssm_state[i], dt, A[i], B, C, *options)
+
+    weights = (norm, in_codes, in_scales, gate_norm, out_codes, out_scales)
+    x = _embed(tokens, embedding, embedding_scale, norm.dtype)
+    return _layers(run, x, *weights, h * p, n, mix, eps, activations)
+
+
+def prefill(
+    tokens: Tensor,
+    cu_seqlens: Tensor | None,
+    embedding: Tensor,
+    embedding_scale: Tensor | None,
+    norm: Tensor,
+    in_codes: Tensor,
+    in_scales: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor | None,
+    conv_state: Tensor,
+    dt_bias: Tensor,
+    A: Tensor,
+    D: Tensor,
+    ssm_state: Tensor,
+    gate_norm: Tensor,
+    out_codes: Tensor,
+    out_scales: Tensor,
+    eps: float,
+    dt_min: float = 0.0,
+    dt_max: float | None = None,
+    activations: str = "a16",
+    operators: Any = None,
+) -> Tensor:
+    """Whole sequences, from their beginning, through every layer of a Mamba-2 model.
+
+    tokens int64 [b, l], or [1, l] for the q sequences end to end of cu_seqlens int32 [q + 1]; the rest as in
+    decode. Only writes the states, [L, b or q, ...]: those behind each sequence -> x float32 [b, l, d].
+    """
+    run = operators or sys.modules[__package__]
+    h, p, n = ssm_state.shape[2:]
+
+    def mix(i: int, xBC: Tensor, dt: Tensor) -> Tensor:
+        bias = None if conv_bias is None else conv_bias[i]
+        xBC, final = run.causal_conv1d(xBC, conv_weight[i], bias, None, cu_seqlens)
+        conv_state[i] = final
+        x, B, C = xBC.split([h * p, n, n], dim=-1)
+        x, B, C = x.unflatten(-1, (h, p)), B.unsqueeze(2), C.unsqueeze(2)
+        options = (D[i], None, dt_bias[i], True, dt_min, dt_max)
+        y, final = run.ssd(x, dt, A[i], B, C, *options, None, cu_seqlens)
+        ssm_state[i] = final
+        return y
+
+    weights = (norm, in_codes, in_scales, gate_norm, out_codes, out_scales)
+    x = _embed(tokens, embedding, embedding_scale, norm.dtype)
+    return _layers(run, x, *weights, h * p, n, mix, eps, activations)
+
+
+def _embed(tokens: Tensor, embedding: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    x, acc = embedding[tokens], torch.promote_types(dtype, torch.float32)
+    if scale is not None:
+        x = x.to(acc) * scale[tokens].to(acc)
+    return x.to(dtype).to(acc)
+
+
+def _layers(
+    run: Any,
+    x: Tensor,
+    norm: Tensor,
+    in_codes: Tensor,
+    in_scales: Tensor,
+    gate_norm: Tensor,
+    out_codes: Tensor,
+    out_scales: Tensor,
+    d_inner: int,
+    state_size: int,
+    mix: Callable[[int, Tensor, Tensor], Tensor],
+    eps: float,
+    activations: str,
+) -> Tensor:
+    """x [..., d] behind the layers; mix(i, xBC, dt) is what layer i does between its projections."""
+    sizes = [d_inner, d_inner + 2 * state_size]
+    for i in range(len(norm)):
+        u = F.rms_norm(x.to(norm.dtype), x.shape[-1:], norm[i], eps)
+        projected = run.gemm(u, in_codes[i], in_scales[i], None, activations)
+        z, xBC, dt = projected.split([*sizes, projected.shape[-1] - sum(sizes)], dim=-1)
+        y = run.rms_norm_gated(mix(i, xBC, dt).flatten(-2), z, gate_norm[i], 1, eps, False)
         x = x + run.gemm(y, out_codes[i], out_scales[i], None, activations)
     return x
 

@@ -90,7 +90,7 @@ int plan_decode_sm90(const DecodeArgs& d, sm90::DecodePlan* plan) {
 }
 
 int decode_sm90(const DecodeArgs& d, const sm90::DecodePlan& plan, CUstream_st* stream) {
-  if (plan.kernel == sm90::DecodeKernel::sequence) return sm90::decode_sequence(d, stream);
+  if (plan.kernel == sm90::DecodeKernel::sequence) return sm90::launch_sequence(d, stream);
   sm90::StepArgs a = sm90::step_args(d);
   a.plan = plan;
   switch (a.plan.spans) {
@@ -112,5 +112,12 @@ int decode_sm90(const DecodeArgs& d, const sm90::DecodePlan& plan, CUstream_st* 
       return cudaErrorNotSupported;
   }
 }
+
+int plan_prefill_sm90(const DecodeArgs& d, const char** expected, int64_t* workspace) {
+  *expected = sm90::sequence_expects(d);
+  return *expected ? cudaSuccess : sm90::sequence_buffers(d, workspace);
+}
+
+int prefill_sm90(const DecodeArgs& d, CUstream_st* stream) { return sm90::launch_sequence(d, stream); }
 
 }  // namespace ternary

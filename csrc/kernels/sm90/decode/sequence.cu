@@ -6,6 +6,7 @@
 #include "kernels/causal_conv1d.h"
 #include "kernels/gemm.h"
 #include "kernels/norm.h"
+#include "kernels/ssd.h"
 #include "kernels/sm90/common/launch.cuh"
 #include "kernels/sm90/decode/sequence.cuh"
 #include "kernels/sm90/decode/sequence.h"
@@ -38,7 +39,7 @@ class SequenceOfLaunches {
         c_(e_ + 2 * args.state_size),
         r_(e_ + c_ + args.heads),
         blocks_(static_cast<int>(divide_up(e_, channels_of_block(args.state_type)))),
-        fused_(args.state_size == Sequence::kStateSize),
+        fused_(!args.prefill && args.state_size == Sequence::kStateSize),
         // The gated norm's 1 / rms may follow out_proj where what it would have scaled has bf16's range.
         scaled_after_(fused_ && args.type == DType::bf16),
         in_{.x = take(args.d_model),
@@ -49,11 +50,12 @@ class SequenceOfLaunches {
             .type = args.type,
             .scale_type = args.scale_type,
             .bias_type = DType::f32,
-            .m = args.batch,
+            .m = args.rows(),
             .n = r_,
             .k = args.d_model,
             .group = args.in_group,
-            .one_scale = args.in_one_scale},
+            .one_scale = args.in_one_scale,
+            .fp8 = args.fp8},
         out_{.x = take(e_),
              .codes = args.out_codes,
              .scales = args.out_scales,
@@ -62,13 +64,14 @@ class SequenceOfLaunches {
              .type = args.type,
              .scale_type = args.scale_type,
              .bias_type = DType::f32,
-             .m = args.batch,
+             .m = args.rows(),
              .n = args.d_model,
              .k = e_,
              .group = args.out_group,
-             .one_scale = args.out_one_scale},
+             .one_scale = args.out_one_scale,
+             .fp8 = args.fp8},
         u_(const_cast<void*>(in_.x)),
-        zxBCdt_{take(r_), take(r_)},
+        zxBCdt_{take(r_), fused_ ? take(r_) : zxBCdt_[0]},
         y_(const_cast<void*>(out_.x)),
         xBC_(fused_ ? nullptr : take(c_)),
         squares_(scaled_after_ ? static_cast<float*>(take(2 * parts())) : nullptr) {}
@@ -79,6 +82,9 @@ class SequenceOfLaunches {
     if (error == cudaSuccess) error = plan_gemm_sm90(out_, &out_plan_);
     in_.workspace = take_bytes(in_plan_.workspace);
     out_.workspace = take_bytes(out_plan_.workspace);
+    int64_t bytes = 0;
+    if (error == cudaSuccess && a_.prefill) error = ssd_workspace_sm90(ssd(0), &bytes);
+    ssd_workspace_ = take_bytes(bytes);
     return error;
   }
 
@@ -90,7 +96,7 @@ class SequenceOfLaunches {
     const auto run = [&error](int result) { return (error = result) == cudaSuccess; };
     for (int64_t i = 0; i < a_.layers; ++i)
       if (!run(norm(i)) || !run(project(in_, in_plan_, zxBCdt_[i % 2], i)) ||
-          !run(fused_ ? token(i) : token_in_parts(i)) || !run(scaled_after_ ? cudaSuccess : gated_norm(i)) ||
+          !run(fused_ ? token(i) : conv_and_ssd(i)) || !run(scaled_after_ ? cudaSuccess : gated_norm(i)) ||
           !run(project(out_, out_plan_, out_.y, i)))
         return error;
     return norm(a_.layers);
@@ -102,8 +108,8 @@ class SequenceOfLaunches {
     bytes_ += (bytes + 127) / 128 * 128;
     return from;
   }
-  // Room for [b, columns] of 16 bits.
-  void* take(int64_t columns) { return take_bytes(a_.batch * columns * 2); }
+  // Room for [tokens, columns] of 16 bits.
+  void* take(int64_t columns) { return take_bytes(a_.rows() * columns * 2); }
 
   void* conv_state(int64_t layer) const {
     return at(a_.conv_state, a_.type, layer * a_.batch * (Sequence::kConvWidth - 1) * c_);
@@ -145,7 +151,8 @@ class SequenceOfLaunches {
     const int runs = (a_.d_model + Sequence::kRun - 1) / Sequence::kRun;
     const unsigned threads = std::min((runs + 31) / 32 * 32, Sequence::kMaxThreads);
     return with_half(a_.type, [&](auto element) -> int {
-      return launch_overlapping(norm_kernel<decltype(element)>, norm, a_.batch, threads, stream_);
+      return launch_overlapping(norm_kernel<decltype(element)>, norm, static_cast<unsigned>(a_.rows()), threads,
+                                stream_);
     });
   }
 
@@ -183,57 +190,63 @@ class SequenceOfLaunches {
     });
   }
 
-  // The same by the kernels of causal_conv1d_update and ssd_update, for other sizes of the state.
-  int token_in_parts(int64_t i) const {
-    const int64_t b = a_.batch, n = a_.state_size;
-    const int error = causal_conv1d_update_sm90({.x = at(zxBCdt_[i % 2], a_.type, e_),
-                                                 .weight = at(a_.conv_weight, a_.type, i * c_ * 4),
-                                                 .bias = at(a_.conv_bias, a_.type, i * c_),
-                                                 .initial_state = conv_state(i),
-                                                 .cu_seqlens = nullptr,
-                                                 .y = xBC_,
-                                                 .final_state = conv_state(i),
-                                                 .type = a_.type,
-                                                 .weight_type = a_.type,
-                                                 .state_type = a_.type,
-                                                 .x_stride = r_,
-                                                 .sequences = b,
-                                                 .length = 1,
-                                                 .channels = c_,
-                                                 .width = Sequence::kConvWidth,
-                                                 .silu = true},
-                                                stream_);
+  // Of prefill, and of steps with other sizes of the state.
+  int conv_and_ssd(int64_t i) const {
+    void* const state = conv_state(i);
+    const CausalConv1dArgs conv{.x = at(zxBCdt_[i % 2], a_.type, e_),
+                                .weight = at(a_.conv_weight, a_.type, i * c_ * Sequence::kConvWidth),
+                                .bias = at(a_.conv_bias, a_.type, i * c_),
+                                .initial_state = a_.prefill ? nullptr : state,
+                                .cu_seqlens = a_.cu_seqlens,
+                                .y = xBC_,
+                                .final_state = state,
+                                .type = a_.type,
+                                .weight_type = a_.type,
+                                .state_type = a_.type,
+                                .x_stride = r_,
+                                .sequences = a_.batch,
+                                .length = a_.length,
+                                .channels = c_,
+                                .width = Sequence::kConvWidth,
+                                .silu = true};
+    const int error =
+        a_.prefill ? causal_conv1d_sm90(conv, stream_) : causal_conv1d_update_sm90(conv, stream_);
     if (error != cudaSuccess) return error;
-    return ssd_update_sm90({.x = xBC_,
-                            .dt = at(zxBCdt_[i % 2], a_.type, e_ + c_),
-                            .A = a_.A + i * a_.heads,
-                            .B = at(xBC_, a_.type, e_),
-                            .C = at(xBC_, a_.type, e_ + n),
-                            .D = a_.D + i * a_.heads,
-                            .z = nullptr,
-                            .dt_bias = a_.dt_bias + i * a_.heads,
-                            .initial_state = ssm_state(i),
-                            .cu_seqlens = nullptr,
-                            .y = y_,
-                            .final_state = ssm_state(i),
-                            .type = a_.type,
-                            .state_type = a_.state_type,
-                            .x_stride = c_,
-                            .dt_stride = r_,
-                            .B_stride = c_,
-                            .C_stride = c_,
-                            .z_stride = 0,
-                            .sequences = b,
-                            .length = 1,
-                            .heads = a_.heads,
-                            .head_dim = a_.head_dim,
-                            .groups = 1,
-                            .state_size = n,
-                            .D_size = 1,
-                            .dt_min = a_.dt_min,
-                            .dt_max = a_.dt_max,
-                            .dt_softplus = true},
-                           stream_);
+    return a_.prefill ? ssd_sm90(ssd(i), stream_) : ssd_update_sm90(ssd(i), stream_);
+  }
+
+  SsdArgs ssd(int64_t i) const {
+    void* const state = ssm_state(i);
+    return {.x = xBC_,
+            .dt = at(zxBCdt_[i % 2], a_.type, e_ + c_),
+            .A = a_.A + i * a_.heads,
+            .B = at(xBC_, a_.type, e_),
+            .C = at(xBC_, a_.type, e_ + a_.state_size),
+            .D = a_.D + i * a_.heads,
+            .z = nullptr,
+            .dt_bias = a_.dt_bias + i * a_.heads,
+            .initial_state = a_.prefill ? nullptr : state,
+            .cu_seqlens = a_.cu_seqlens,
+            .y = y_,
+            .final_state = state,
+            .type = a_.type,
+            .state_type = a_.state_type,
+            .x_stride = c_,
+            .dt_stride = r_,
+            .B_stride = c_,
+            .C_stride = c_,
+            .z_stride = 0,
+            .sequences = a_.batch,
+            .length = a_.length,
+            .heads = a_.heads,
+            .head_dim = a_.head_dim,
+            .groups = 1,
+            .state_size = a_.state_size,
+            .D_size = 1,
+            .dt_min = a_.dt_min,
+            .dt_max = a_.dt_max,
+            .dt_softplus = true,
+            .workspace = ssd_workspace_};
   }
 
   // In place: a thread reads what it writes before it does.
@@ -246,7 +259,7 @@ class SequenceOfLaunches {
                                 .weight_type = a_.type,
                                 .y_stride = e_,
                                 .z_stride = r_,
-                                .rows = a_.batch,
+                                .rows = a_.rows(),
                                 .dim = e_,
                                 .groups = 1,
                                 .eps = a_.eps,
@@ -264,6 +277,7 @@ class SequenceOfLaunches {
   void* const zxBCdt_[2];  // layers take turns: token_kernel moves the layer before's B and C
   void *const y_, *const xBC_;
   float* const squares_;
+  void* ssd_workspace_ = nullptr;
   GemmPlan in_plan_, out_plan_;
   cudaStream_t stream_ = nullptr;
 };
@@ -288,7 +302,7 @@ int sequence_buffers(const DecodeArgs& d, int64_t* bytes) {
   return error;
 }
 
-int decode_sequence(const DecodeArgs& d, CUstream_st* stream) {
+int launch_sequence(const DecodeArgs& d, CUstream_st* stream) {
   SequenceOfLaunches launches(d);
   const int error = launches.plan();
   return error == cudaSuccess ? launches.launch(stream) : error;

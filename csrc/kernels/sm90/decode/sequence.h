@@ -1,4 +1,5 @@
-// The decode step by launches, four or five a layer: for what the persistent kernel does not serve.
+// All layers by launches: prefill, seven or eight a layer, and the decode steps that the persistent kernel
+// does not serve, four or five.
 #pragma once
 
 #include "kernels/decode.h"
@@ -12,6 +13,6 @@ const char* sequence_expects(const DecodeArgs& args);
 int sequence_buffers(const DecodeArgs& args, int64_t* bytes);
 
 // With these bytes, aligned to 16, in place of the workspace. Both return a cudaError_t.
-int decode_sequence(const DecodeArgs& args, CUstream_st* stream);
+int launch_sequence(const DecodeArgs& args, CUstream_st* stream);
 
 }  // namespace ternary::sm90

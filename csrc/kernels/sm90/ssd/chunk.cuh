@@ -25,6 +25,7 @@ struct ChunkArgs {
   SsdArgs ssd;
   CUtensorMap map_x, map_B, map_C;  // [tokens, h, p], [tokens, g, n]
   int64_t segment;                  // tokens, whole chunks
+  int64_t cuts;                     // at most so many segments are not the last of their sequence
   int row_tiles, units, teams;      // units of a head, of a group; blocks of a group and segment
   // What every segment but the last of its sequence adds to the state, as the threads hold it, and log2 of
   // the state's decay over it.

@@ -8,11 +8,6 @@ template <class Config>
 __global__ void __launch_bounds__(Config::kThreads, 1) chunk_kernel(const __grid_constant__ ChunkArgs args) {
   extern __shared__ __align__(1024) uint8_t shared[];
   auto& smem = *reinterpret_cast<ChunkShared<Config>*>(shared);
-  launch_dependents();  // of `added`: the outputs of first segments run beside it. What follows them waits.
-  const int64_t teams = args.ssd.groups * args.teams;
-  const int team = static_cast<int>(blockIdx.x % teams), group = threadIdx.x / 128;
-  Segment segment;
-  if (!find_segment(args, blockIdx.x / teams, segment) || (!Config::kOutputs && segment.last)) return;
   if (threadIdx.x == 0) {
     for (int i = 0; i < Config::kStages; ++i) {
       init_barrier(&smem.full[i], 1 + Config::kUnits);  // the copies, and the decays of each unit
@@ -20,6 +15,14 @@ __global__ void __launch_bounds__(Config::kThreads, 1) chunk_kernel(const __grid
     }
     fence_barriers();
   }
+  // Outputs behind `added` need not wait: its blocks let them start when they have waited themselves. Those of
+  // first segments run beside it; the others wait for the parts.
+  if (!Config::kOutputs || args.cuts == 0) wait_for_prerequisites();
+  launch_dependents();
+  const int64_t teams = args.ssd.groups * args.teams;
+  const int team = static_cast<int>(blockIdx.x % teams), group = threadIdx.x / 128;
+  Segment segment;
+  if (!find_segment(args, blockIdx.x / teams, segment) || (!Config::kOutputs && segment.last)) return;
   __syncthreads();
   if (group == Config::kUnits) {
     if constexpr (Config::kGivesRegisters) give_registers<56>();

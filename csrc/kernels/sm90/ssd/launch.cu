@@ -59,13 +59,13 @@ static bool is_chunked(const SsdArgs& args) {
 // How the batch is cut. The workspace starts with the parts; the decays lie behind them.
 struct ChunkPlan {
   ChunkArgs args;
-  int panels;               // of the instance: 1, 2 or 4
-  int64_t segments, parts;  // parts: 0 where every sequence is one segment
+  int panels;        // of the instance: 1, 2 or 4
+  int64_t segments;  // at most
 
   int64_t bytes_of_parts() const {
-    return parts * args.ssd.groups * args.units * Chunked::kRows * panels * Chunked::kColumns * 4;
+    return args.cuts * args.ssd.groups * args.units * Chunked::kRows * panels * Chunked::kColumns * 4;
   }
-  int64_t bytes() const { return bytes_of_parts() + parts * args.ssd.groups * args.units * 4; }
+  int64_t bytes() const { return bytes_of_parts() + args.cuts * args.ssd.groups * args.units * 4; }
 };
 
 static cudaError_t plan_chunks(const SsdArgs& args, ChunkPlan& plan) {
@@ -86,7 +86,7 @@ static cudaError_t plan_chunks(const SsdArgs& args, ChunkPlan& plan) {
   plan.args.teams = static_cast<int>(teams);
   // Of packed sequences at most this many: each ends in one segment, and the others are whole.
   plan.segments = args.cu_seqlens ? args.length / segment + args.sequences : args.sequences * each;
-  plan.parts = each == 1 ? 0 : tokens_of_batch(args) / segment;
+  plan.args.cuts = each == 1 ? 0 : tokens_of_batch(args) / segment;
   return cudaSuccess;
 }
 
@@ -113,10 +113,10 @@ static cudaError_t launch_chunks(ChunkPlan& plan, cudaStream_t stream) {
   args.parts = static_cast<float4*>(args.ssd.workspace);
   args.decays = reinterpret_cast<float*>(static_cast<char*>(args.ssd.workspace) + plan.bytes_of_parts());
   cudaError_t error = map_operands(args);
-  if (error == cudaSuccess && plan.parts > 0)
-    error = launch(chunk_kernel<Added>, args, blocks, Added::kThreads, kBytes, false, stream);
+  if (error == cudaSuccess && args.cuts > 0)
+    error = launch(chunk_kernel<Added>, args, blocks, Added::kThreads, kBytes, true, stream);
   if (error != cudaSuccess) return error;
-  return launch(chunk_kernel<Outputs>, args, blocks, Outputs::kThreads, kBytes, plan.parts > 0, stream);
+  return launch(chunk_kernel<Outputs>, args, blocks, Outputs::kThreads, kBytes, true, stream);
 }
 
 static cudaError_t launch_plain(const SsdArgs& args, cudaStream_t stream) {

@@ -23,7 +23,8 @@ class UnitWorker {
         unit(args, Config::kUnits, team, number),
         number(number),
         warp(threadIdx.x % 128 / 32),
-        lane(threadIdx.x % 32) {}
+        lane(threadIdx.x % 32),
+        skip(Config::kOutputs && unit.active && a.D && a.D_size == 1 ? a.D[unit.head] : 0.0f) {}
 
   // What the segment adds to the state.
   __device__ void add() {
@@ -76,6 +77,7 @@ class UnitWorker {
   const Segment& segment;
   const Unit unit;
   const int number, warp, lane;  // of the block; of the warpgroup; of the warp
+  const float skip;              // D, where there is one a head
   int stage = 0, phase = 0;      // of the chunk at hand
   float state[kPanels][32] = {};
 
@@ -98,23 +100,41 @@ class UnitWorker {
     for (int i = 0; i < kPanels; ++i) keep(state[i]);
   }
 
-  // Where pair i of the state is, or -1 outside the unit.
-  __device__ int64_t place_of(int i) const {
-    const int64_t row = unit.first_row + row_of(i), column = i / 16 * Chunked::kColumns + column_of(i % 16);
-    const bool inside = unit.active && row < a.head_dim && column < a.state_size;
-    return inside ? ((segment.sequence * a.heads + unit.head) * a.head_dim + row) * a.state_size + column
-                  : -1;
-  }
+  // The lane's part of the unit's state in memory: a pair of columns in every eight of two rows.
+  template <class State>  // const or not
+  class StatePairs {
+   public:
+    __device__ StatePairs(const UnitWorker& worker, State* states)
+        : columns_(static_cast<int>(worker.a.state_size) - worker.column_of(0)) {
+      const SsdArgs& a = worker.a;
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int64_t row = worker.unit.first_row + worker.row_of(i);
+        const int64_t head = worker.segment.sequence * a.heads + worker.unit.head;
+        inside_[i] = worker.unit.active && row < a.head_dim;
+        rows_[i] = states + (head * a.head_dim + row) * a.state_size + worker.column_of(0);
+      }
+    }
+    // Pair i of the sums, or null outside the unit.
+    __device__ State* at(int i) const {
+      const int column = i / 16 * Chunked::kColumns + i % 16 / 2 * 8;
+      return inside_[i % 2] && column < columns_ ? rows_[i % 2] + column : nullptr;
+    }
+
+   private:
+    int columns_;  // from the lane's first
+    bool inside_[2];
+    State* rows_[2];
+  };
 
   template <class State>
   __device__ void load_state() {
-    const auto* from = static_cast<const State*>(a.initial_state);
+    const StatePairs<const State> from(*this, static_cast<const State*>(a.initial_state));
     Run<State, 2, true> pairs[kPanels * 16];
 #pragma unroll
     for (int i = 0; i < kPanels * 16; ++i) {
-      const int64_t at = place_of(i);
       pairs[i] = {};
-      if (at >= 0) pairs[i] = *reinterpret_cast<const Run<State, 2, true>*>(from + at);
+      if (const State* at = from.at(i)) pairs[i] = *reinterpret_cast<const Run<State, 2, true>*>(at);
     }
 #pragma unroll
     for (int i = 0; i < kPanels * 32; ++i) state[i / 32][i % 32] = to_float(pairs[i / 2].at[i % 2]);
@@ -122,13 +142,12 @@ class UnitWorker {
 
   template <class State>
   __device__ void store_state() const {
-    auto* to = static_cast<State*>(a.final_state);
+    const StatePairs<State> to(*this, static_cast<State*>(a.final_state));
 #pragma unroll
     for (int i = 0; i < kPanels * 16; ++i) {
       const float* s = &state[i / 16][i % 16 * 2];
       const Run<State, 2, true> pair = {from_float<State>(s[0]), from_float<State>(s[1])};
-      const int64_t at = place_of(i);
-      if (at >= 0) *reinterpret_cast<Run<State, 2, true>*>(to + at) = pair;
+      if (State* at = to.at(i)) *reinterpret_cast<Run<State, 2, true>*>(at) = pair;
     }
   }
 
@@ -172,8 +191,8 @@ class UnitWorker {
     const Stage& s = smem.stages[stage];
     float scores[32];
     uint32_t frag_x[4][4], frag_m[4][4];
-    load_x(frag_x);
     const float decay = smem.decays[stage][number].whole;
+    load_x(frag_x);
     // Before the products: while any are under way the compiler lets nobody touch sums.
 #pragma unroll
     for (int i = 0; i < kPanels * 32; ++i) state[i / 32][i % 32] *= decay;
@@ -183,12 +202,12 @@ class UnitWorker {
     start_products(y, s.C, smem.state[number]);
     weigh(frag_x);
     advance_state(frag_x);
+    const Mask mask = load_mask();  // before the wait: nothing of it depends on the scores
+    const float2 decays = {exp2_approximate(mask.logs.x), exp2_approximate(mask.logs.y)};
 
     wait_for_products<2>();
     keep(scores);
-    const float2 logs = row_logs();
-    mask_scores(frag_m, scores, logs);
-    const float2 decays = {exp2_approximate(logs.x), exp2_approximate(logs.y)};
+    mask_scores(frag_m, scores, mask);
     wait_for_products<1>();
     keep(y);
 #pragma unroll
@@ -249,49 +268,60 @@ class UnitWorker {
     }
   }
 
-  // log2 of the decays through the tokens of the lane's two rows.
-  __device__ float2 row_logs() const {
-    const auto* logs = reinterpret_cast<const float*>(smem.decays[stage][number].tokens);
+  // The decays that take scores to M. Of the 16 rows of a warp, those from tokens before them are taken to
+  // their start and on to the row; those of the 16 tokens themselves straight.
+  struct Mask {
+    float2 logs;       // log2 of the decays through the tokens of the lane's two rows
+    float2 onward;     // from the start of the 16 to these
+    float2 before[6];  // to the start, with dt: of the lane's two tokens of every eight before
+    float4 own[2];     // of its tokens among the 16: log2 of the decays through them, dt
+  };
+
+  __device__ Mask load_mask() const {
+    const ChunkDecays& decays = smem.decays[stage][number];
+    const auto* logs = reinterpret_cast<const float*>(decays.tokens);
     const int row = row_of(0), at = row / 2 * 4 + row % 2;
-    return {logs[at], logs[at + 16]};
+    Mask mask;
+    mask.logs = {logs[at], logs[at + 16]};
+    const float start = warp == 0 ? 0.0f : decays.tokens[8 * warp - 1].y;
+#pragma unroll
+    for (int i = 0; i < 6; ++i) mask.before[i] = decays.across[max(warp - 1, 0)][4 * i + lane % 4];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) mask.own[i] = decays.tokens[8 * warp + 4 * i + lane % 4];
+    mask.onward = {exp2_approximate(mask.logs.x - start), exp2_approximate(mask.logs.y - start)};
+    return mask;
   }
 
-  // M from C B^T. Of the 16 rows of a warp, decays from tokens before them are taken to their start and on to
-  // the row; those of the 16 tokens themselves straight.
-  __device__ void mask_scores(uint32_t (&frag)[4][4], const float (&scores)[32], float2 logs) const {
-    const ChunkDecays& decays = smem.decays[stage][number];
-    const float2* across = &decays.across[max(warp - 1, 0)][lane % 4];
-    const float start = warp == 0 ? 0.0f : decays.tokens[8 * warp - 1].y;
-    const float2 onward = {exp2_approximate(logs.x - start), exp2_approximate(logs.y - start)};
+  // M from C B^T.
+  __device__ void mask_scores(uint32_t (&frag)[4][4], const float (&scores)[32], const Mask& mask) const {
 #pragma unroll
     for (int i = 0; i < 8; ++i) {  // eight tokens
       uint32_t* pair = &frag[i / 2][i % 2 * 2];
       const float* s = &scores[4 * i];
       pair[0] = pair[1] = 0;
-      if (i / 2 >= warp) continue;
-      const float2 before = across[4 * i];
+      if (i >= 6 || i / 2 >= warp) continue;
+      const float2 before = mask.before[i], onward = mask.onward;
       pair[0] = pack_floats<Element>(s[0] * before.x * onward.x, s[1] * before.y * onward.x);
       pair[1] = pack_floats<Element>(s[2] * before.x * onward.y, s[3] * before.y * onward.y);
     }
-    if (warp == 0) mask_diagonal<0>(frag[0], scores, logs);
-    if (warp == 1) mask_diagonal<1>(frag[1], scores, logs);
-    if (warp == 2) mask_diagonal<2>(frag[2], scores, logs);
-    if (warp == 3) mask_diagonal<3>(frag[3], scores, logs);
+    if (warp == 0) mask_diagonal<0>(frag[0], scores, mask);
+    if (warp == 1) mask_diagonal<1>(frag[1], scores, mask);
+    if (warp == 2) mask_diagonal<2>(frag[2], scores, mask);
+    if (warp == 3) mask_diagonal<3>(frag[3], scores, mask);
   }
 
   // The warp's own 16 tokens, with D on the diagonal.
   template <int kWarp>
-  __device__ void mask_diagonal(uint32_t (&frag)[4], const float (&scores)[32], float2 logs) const {
-    const float skip = a.D && a.D_size == 1 && unit.active ? a.D[unit.head] : 0.0f;
+  __device__ void mask_diagonal(uint32_t (&frag)[4], const float (&scores)[32], const Mask& mask) const {
     const int row = lane / 4;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const float4 from = smem.decays[stage][number].tokens[8 * kWarp + 4 * i + lane % 4];
+      const float4 from = mask.own[i];
       float m[4];
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
         const int later = row + j / 2 * 8 - (8 * i + lane % 4 * 2 + j % 2);  // than the column's token
-        const float log = (j < 2 ? logs.x : logs.y) - (j % 2 ? from.y : from.x);
+        const float log = (j < 2 ? mask.logs.x : mask.logs.y) - (j % 2 ? from.y : from.x);
         const float value = scores[8 * kWarp + 4 * i + j] * exp2_approximate(log) * (j % 2 ? from.w : from.z);
         m[j] = (later >= 0 ? value : 0.0f) + (later == 0 ? skip : 0.0f);
       }
@@ -366,7 +396,7 @@ class UnitWorker {
     const bool inside = unit.active && column < a.head_dim;
 #pragma unroll
     for (int i = 0; i < 4; ++i, to += 4 * stride)
-      if (inside && row + 4 * i < rows) *reinterpret_cast<uint4*>(to) = pieces[i];
+      if (inside && row + 4 * i < rows) __stcg(reinterpret_cast<uint4*>(to), pieces[i]);
   }
 };
 
