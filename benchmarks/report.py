@@ -7,16 +7,20 @@ A table stands between <!-- NAME --> and <!-- /NAME -->; the plots lie beside th
 
 import json
 import re
+import statistics
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
 ROOT = Path(__file__).parents[1]
-PAGES = (ROOT / "README.md", ROOT / "docs/training.md")
+PAGES = (ROOT / "README.md", ROOT / "docs/training.md", ROOT / "recipes/mamba2-1.3b/README.md")
 OPS, MODEL, SCAN, TRAINING = (RESULTS / f"h200_{name}.json" for name in ("ops", "model", "scan", "training"))
+PROOF = ROOT / "recipes/mamba2-1.3b/results/proof.json"
+STUDY = ROOT / "recipes/tiny-english/results/study.json"
 ROWS = (1, 8, 16, 64, 128, 256, 512, 1024, 4096)  # of the table of products
 BATCHES = (1, 8, 64, 256)
 LIBRARIES = {"ternary_ssm": "-", "mamba_ssm": "--"}  # and their lines
+LOSSES = {None: "not trained", 0.0: "cross-entropy", 1.0: "KL", 0.5: "half KL, half cross-entropy"}
 
 
 def table(head: Iterable[object], rows: Iterable[Iterable[object]]) -> str:
@@ -89,34 +93,114 @@ def rates(records: list[dict]) -> str:
 
 
 def training(records: list[dict]) -> str:
-    head = ("model", "GPUs", "batch", "teacher", "recompute", "tokens/s", "ms a step", "peak GB", "overhead")
+    """efficiency: tokens a second and GPU over those of one GPU with as many sequences, if known."""
+
+    def key(r: dict) -> tuple:
+        return r["model"], r["batch"] // r["gpus"], r["length"], r["recompute"], r["fp8_teacher"]
+
+    single = {key(r): r["tokens_per_second"] for r in records if r["gpus"] == 1}
+    several = any(r["gpus"] > 1 for r in records)
+    head = ["model", "GPUs", "batch a GPU", "teacher", "recompute", "tokens/s", "ms a step", "peak GB a GPU"]
+    rows = []
+    for r in records:
+        row = [r["model"], f"{r['gpus']} {r['strategy']}", f"{r['batch'] // r['gpus']} x {r['length']:,}"]
+        row += ["fp8" if r["fp8_teacher"] else "bf16", r["recompute"], f"{r['tokens_per_second']:,.0f}"]
+        row += [figure(r["step_ms"]), f"{r['peak_gb']:.1f}", f"{r['overhead']:.3f}"]
+        if several:
+            alone = single.get(key(r))
+            row.append(f"{r['tokens_per_second'] / r['gpus'] / alone:.0%}" if alone else "")
+        rows.append(row)
+    return table([*head, "overhead", *(["efficiency"] if several else [])], rows)
+
+
+def study(records: list[dict]) -> str:
+    """A row a way of making the student, means and standard deviations over the seeds; and the plots."""
+    found: dict[tuple, list[dict]] = {}
+    for r in sorted(records, key=lambda r: (r["rule"] == "learned", r["tokens"], r["kl_weight"] or 0)):
+        found.setdefault((r["rule"], r["kl_weight"], r["tokens"]), []).append(r)
+
+    def cell(runs: list[dict], name: str, form: str) -> str:
+        values = [r[name] for r in runs if name in r]
+        if not values:
+            return runs[0]["error"].split(":")[0]
+        spread = f" ± {statistics.stdev(values):{form}}" if len(values) > 1 else ""
+        return f"{statistics.mean(values):{form}}" + spread
+
     rows = [
         (
-            *(r["model"], f"{r['gpus']} {r['strategy']}", f"{r['batch']} x {r['length']:,}"),
-            *("fp8" if r["fp8_teacher"] else "bf16", r["recompute"], f"{r['tokens_per_second']:,.0f}"),
-            *(figure(r["step_ms"]), f"{r['peak_gb']:.1f}", f"{r['overhead']:.3f}"),
+            *("teacher" if rule == "dense" else rule, LOSSES[weight] if rule != "dense" else ""),
+            *(f"{tokens / 1e6:g} M" if tokens else "", len(runs) if tokens else ""),
+            *(cell(runs, name, form) for name, form in (("nats", ".3f"), ("perplexity", ".0f"))),
+            *(cell(runs, "accuracy", ".1%"), cell(runs, "zero_ratio", ".2f") if tokens else ""),
         )
-        for r in records
+        for (rule, weight, tokens), runs in sorted(found.items(), key=lambda item: item[0][0] != "dense")
     ]
-    return table(head, rows)
+    head = (
+        "scales",
+        "loss",
+        "tokens",
+        "seeds",
+        "held-out nats/token",
+        "LAMBADA perplexity",
+        "accuracy",
+        "zeros",
+    )
+    plots = (
+        ("study_zero_ratios", "share of zero codes"),
+        ("study_scales", "trained scales and their gradient"),
+    )
+    links = [f"![{text}](../{(STUDY.parent / name).relative_to(ROOT)}.png)" for name, text in plots]
+    return "\n\n".join([table(head, rows), *links])
+
+
+def proof(records: list[dict]) -> str:
+    (r,) = records
+    loss, seconds = r["losses"], r["seconds"]
+    rows = [
+        ("parameters, bytes of the teacher", f"{r['parameters']:,}, {r['teacher_bytes']:,}"),
+        ("a step, steps", f"{r['batch_size']} x {r['length']:,} tokens, {r['steps']}"),
+        ("tokens/s, median of the steps", f"{r['tokens_per_second']:,.0f}"),
+        ("killed after step, gone on after", f"{r['killed_after_step']}, {r['resumed_after_step']}"),
+        (
+            "steps done twice, largest difference of their losses",
+            f"{r['steps_done_twice']}, {r['difference']:.1e}",
+        ),
+        ("loss", ", ".join(f"{value:.4f} at step {step}" for step, value in loss.items())),
+        (
+            "a checkpoint",
+            f"{r['checkpoint_bytes']:,} bytes, written in {seconds['checkpoint written']:.1f} s",
+        ),
+        ("packed student", f"{r['student_bytes']:,} bytes"),
+        ("32 tokens from it", f"{r['characters_generated']} characters; {r['generate_says']}"),
+        ("seconds", ", ".join(f"{name} {value:.0f}" for name, value in seconds.items())),
+    ]
+    return table(("", ""), rows)
 
 
 TABLES = {"ops": (OPS, ops), "decode": (MODEL, decode), "prefill": (MODEL, prefill), "scan": (SCAN, scan)}
 TABLES |= {f"cpu_{name}": (RESULTS / f"cpu_model_{name}.json", rates) for name in ("a16", "a8")}
 TABLES |= {"training": (TRAINING, training)}
+TABLES |= {
+    "training_gpus": (TRAINING.with_stem("h200x2_training"), training),
+    "study": (STUDY, study),
+    "proof": (PROOF, proof),
+}
 TABLES |= {"training_bf16": (TRAINING.with_stem("h200_training_bf16"), training)}
 
 
 def with_tables(text: str, tables: dict[str, tuple[Path, Callable[[list[dict]], str]]] = TABLES) -> str:
-    """The text with every table that it has a place for. KeyError on a place for an unknown one."""
+    """The text with every table that it has a place and a file for. KeyError on an unknown place."""
 
     def fill(match: re.Match) -> str:
         path, make = tables[match[1]]
+        if not path.exists():
+            return match[0]
         data = json.loads(path.read_text())
         head = data["header"]
         commit = head["commit"].removesuffix("-dirty")[:7]
         device = head["device"] + (f", {head['isa']}, {head['threads']} threads" if "isa" in head else "")
-        origin = f"{device}, {head['date'][:10]}, after {commit}, `benchmarks/results/{path.name}`:"
+        name = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path.name
+        origin = f"{device}, {head['date'][:10]}, after {commit}, `{name}`:"
         return f"<!-- {match[1]} -->\n{origin}\n\n{make(data['records'])}\n<!-- /{match[1]} -->"
 
     return re.sub(r"<!-- (\w+) -->\n.*?<!-- /\1 -->", fill, text, flags=re.DOTALL)
@@ -178,10 +262,45 @@ def plot_decode(path: Path) -> None:
     plt.close()
 
 
+def plot_study(path: Path) -> None:
+    """The zeros of each layer under trained and absmean scales, and what the gradient does to these."""
+    import matplotlib.pyplot as plt
+
+    curves = {r["rule"]: r["curve"] for r in json.loads(path.read_text())["records"] if "curve" in r}
+    zeros = [("zero_ratio", f"{rule} scales: share of zero codes", rule) for rule in ("learned", "absmean")]
+    scales = [
+        ("scale", "mean scale over that at the beginning", "learned"),
+        ("scale_gradient", "mean d loss / d scale", "learned"),
+        ("scale_rises", "share of groups where that is negative", "learned"),
+    ]
+    for name, panels in (("zero_ratios", zeros), ("scales", scales)):
+        _, axes = plt.subplots(1, len(panels), figsize=(4.5 * len(panels), 4), layout="constrained")
+        for axis, (key, title, rule) in zip(axes, panels, strict=True):
+            curve = curves.get(rule, [])
+            tokens = [point["tokens"] / 1e6 for point in curve]
+            layers = list(curve[0]["zero_ratio"]) if curve else []
+            for i, layer in enumerate(layers):
+                style = {"linestyle": "-" if layer.endswith("in_proj") else "--", "linewidth": 0.8}
+                style |= {"color": plt.colormaps["viridis"](0.9 * i / len(layers))}
+                label = layer.removeprefix("backbone.") if i < 2 or i >= len(layers) - 2 else None
+                axis.plot(tokens, [point[key][layer] for point in curve], label=label, **style)
+            means = [statistics.mean(point[key].values()) for point in curve]
+            axis.plot(tokens, means, "k", linewidth=2, label="mean over layers")
+            axis.set(title=title, xlabel="tokens (millions)")
+            axis.grid(alpha=0.3)
+            if key in ("zero_ratio", "scale_rises"):
+                axis.set_ylim(0, 1)
+            elif key == "scale_gradient":
+                axis.set_yscale("symlog", linthresh=1e-4)
+        axes[0].legend(fontsize="x-small")
+        plt.savefig(path.with_name(f"{path.stem}_{name}.png"), dpi=110)
+        plt.close()
+
+
 def main() -> None:
     for page in PAGES:
         page.write_text(with_tables(page.read_text()))
-    for path, plot in ((OPS, plot_ops), (MODEL, plot_decode)):
+    for path, plot in ((OPS, plot_ops), (MODEL, plot_decode), (STUDY, plot_study)):
         if path.exists():
             plot(path)
 

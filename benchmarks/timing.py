@@ -160,7 +160,9 @@ def write(args: argparse.Namespace, head: dict[str, Any], records: Iterable[Any]
 def _write(args: argparse.Namespace, head: dict[str, Any], records: list) -> None:
     out = args.out or RESULTS / f"{args.command}-{args.device}-{head['date'][:10]}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps({"header": head, "records": [asdict(r) for r in records]}, indent=1) + "\n")
+    kept = json.loads(out.read_text())["records"] if getattr(args, "append", False) and out.exists() else []
+    data = {"header": head, "records": kept + [asdict(r) for r in records]}
+    out.write_text(json.dumps(data, indent=1) + "\n")
     print(f"\nwritten to {out}")
 
 

@@ -1,11 +1,13 @@
 """A step of quantization-aware training: its time, its memory, its parts, and what the quantization costs.
 
     python benchmarks/training.py [--models 130m,1.3b] [--batch 8] [--length 2048] [--recompute 0,1]
-                                  [--fp8-teacher] [--steps 10] [--device cuda|cpu] [--out FILE]
+                                  [--fp8-teacher] [--steps 10] [--device cuda|cpu] [--out FILE] [--append]
+    torchrun --nproc_per_node N benchmarks/training.py [--strategy ddp|fsdp] ...
 
 The step is Distiller.train_step: teacher and student with random weights of the published shapes, random
 tokens; on a GPU in bf16, the student's weights and the optimizer in fp32. overhead is its time over that of
-the same step with the student's weights as they are. Prints what it finds and writes a JSON file.
+the same step with the student's weights as they are. Prints what it finds and writes a JSON file. By torchrun
+each GPU takes --batch sequences of a step, the teacher whole and the student as --strategy says.
 """
 
 import argparse
@@ -22,7 +24,7 @@ import torch
 from timing import MODELS, begin, chosen_models, comma_list, summary, write
 from torch.nn.utils import parametrize
 
-from ternary_ssm import MambaConfig, MambaLM, TernaryConfig, training
+from ternary_ssm import MambaConfig, MambaLM, TernaryConfig, distributed, training
 from ternary_ssm.data import TokenStream
 from ternary_ssm.distill import DistillConfig, Distiller
 from ternary_ssm.loss import distillation_loss
@@ -37,27 +39,30 @@ class Record:
     model: str
     gpus: int
     strategy: str
-    batch: int  # sequences a step
+    batch: int  # sequences a step, of all GPUs
     length: int
     recompute: float
     fp8_teacher: bool
     tokens_per_second: float
-    peak_gb: float | None  # 10^9 bytes of GPU memory
+    peak_gb: float | None  # 10^9 bytes of GPU memory, of the fullest GPU
     step_ms: float
     overhead: float
-    parts_ms: dict[str, float]
+    parts_ms: dict[str, float]  # on one GPU
 
 
 def distiller(name: str, args: argparse.Namespace, recompute: float, out: Path) -> Distiller:
     layer, d_model, n_layer = MODELS[name]
     config = MambaConfig(d_model=d_model, n_layer=n_layer, vocab_size=VOCAB, ssm_cfg={"layer": layer})
     dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
-    teacher = MambaLM(config, device=args.device, dtype=dtype)
+    torch.manual_seed(0)  # the same on all processes
+    teacher = MambaLM(config, device=distributed.local_device(args.device), dtype=dtype)
     options = {"recompute": recompute, "fp8_teacher": args.fp8_teacher, "device": args.device}
+    options["strategy"] = args.strategy
+    batch = args.batch * distributed.world()
     options["dtype"] = {torch.bfloat16: "bfloat16", torch.float32: "float32"}[dtype]
-    tokens = np.random.default_rng(0).integers(0, VOCAB, 4 * args.batch * args.length).astype(np.uint16)
-    settings = DistillConfig(TernaryConfig(), 10**9, args.length, args.batch, **options)
-    return Distiller(teacher, TokenStream(tokens, args.length, args.batch), settings, out)
+    tokens = np.random.default_rng(0).integers(0, VOCAB, 4 * batch * args.length).astype(np.uint16)
+    settings = DistillConfig(TernaryConfig(), 10**9, args.length, batch, **options)
+    return Distiller(teacher, TokenStream(tokens, args.length, batch), settings, out)
 
 
 def measure(step: Callable[[], Any], args: argparse.Namespace) -> float:
@@ -117,33 +122,37 @@ def records(args: argparse.Namespace) -> Iterator[Record]:
                 torch.cuda.reset_peak_memory_stats()
             step_ms = measure(d.train_step, args)
             peak = torch.cuda.max_memory_allocated() / 1e9 if args.device == "cuda" else None
-            parts(d)
-            shares = parts(d)
-            for _, layer in list(quantized_layers(d.student)):
-                parametrize.remove_parametrizations(layer, "weight", leave_parametrized=False)
+            peak = peak and max(distributed.gather_objects(peak))
+            gpus, shares = distributed.world(), {}
+            if gpus == 1:  # of several, parts would wait for each other
+                parts(d)
+                shares = parts(d)
+            for _, layer in quantized_layers(d.student):
+                layer.parametrizations.weight[-1].forward = lambda latent: latent
             dense_ms = measure(d.train_step, args)
-            tokens = args.batch * args.length
             r = Record(
                 "training",
                 name,
-                1,
-                "single",
-                args.batch,
+                gpus,
+                "single" if gpus == 1 else args.strategy,
+                args.batch * gpus,
                 args.length,
                 recompute,
                 args.fp8_teacher,
-                tokens / step_ms * 1e3,
+                args.batch * gpus * args.length / step_ms * 1e3,
                 peak,
                 step_ms,
                 step_ms / dense_ms,
                 shares,
             )
-            print(
-                f"{name:14} recompute {recompute:<4g} {step_ms:9.1f} ms {r.tokens_per_second:9,.0f} tok/s "
-                f"peak {peak or 0:5.1f} GB, over the dense step {r.overhead:.3f}; "
-                + ", ".join(f"{part} {ms:.1f}" for part, ms in shares.items()),
-                flush=True,
-            )
+            if distributed.rank() == 0:
+                print(
+                    f"{name:14} {gpus} {r.strategy} recompute {recompute:<4g} {step_ms:9.1f} ms "
+                    f"{r.tokens_per_second:9,.0f} tok/s peak {peak or 0:5.1f} GB, "
+                    f"over the dense step {r.overhead:.3f}; "
+                    + ", ".join(f"{part} {ms:.1f}" for part, ms in shares.items()),
+                    flush=True,
+                )
             yield r
             del d
 
@@ -157,14 +166,20 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--recompute", type=comma_list(float), default=[0.0, 1.0])
     parser.add_argument("--fp8-teacher", action="store_true")
+    parser.add_argument("--strategy", choices=["ddp", "fsdp"], default="ddp", help="of several GPUs")
     parser.add_argument("--steps", type=int, default=10)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", choices=["cuda", "cpu"], default=device)
     parser.add_argument("--out", type=Path, help="the JSON file (results/training-DEVICE-DATE.json)")
+    parser.add_argument("--append", action="store_true", help="keep the records that the file has")
     args = parser.parse_args(namespace=argparse.Namespace(command="training"))
     args.models = chosen_models(args.models)
-    head, _ = begin(args)
-    write(args, head, records(args))
+    with distributed.session(args.device):
+        if distributed.rank():
+            list(records(args))
+        else:
+            head, _ = begin(args)
+            write(args, head, records(args))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The benchmarks run on a CPU, and the README shows what the committed JSON files say."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -144,6 +145,46 @@ def test_training(monkeypatch, tmp_path):
         assert list(r["parts_ms"]) == parts and min(r["parts_ms"].values()) > 0 and r["overhead"] > 0
 
 
+RUN_TRAINING = """
+import sys
+sys.path.insert(0, sys.argv.pop(1))
+import timing, training
+timing.MODELS = training.MODELS = {"mamba2-tiny": ("Mamba2", 128, 2)}
+timing.ceilings, training.VOCAB = (lambda device: (1e10, 1e11)), 500
+training.main()
+"""
+
+
+def test_training_on_two_processes(tmp_path):
+    """Added to the record of one; the table then has the efficiency."""
+    import report
+
+    script, out = tmp_path / "run.py", tmp_path / "training.json"
+    script.write_text(RUN_TRAINING)
+    one = {"model": "mamba2-tiny", "gpus": 1, "strategy": "single", "batch": 2, "length": 16}
+    one |= {"recompute": 0.0, "fp8_teacher": False, "tokens_per_second": 10.0, "step_ms": 3200.0}
+    out.write_text(json.dumps({"records": [one | {"overhead": 1.0}]}))
+    options = (
+        "--models tiny --batch 2 --length 16 --steps 2 --recompute 0 --device cpu --strategy fsdp --append"
+    )
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [*launch, script, ROOT / "benchmarks", *options.split(), "--out", out]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("tok/s") == 1  # one of them speaks
+    kept, new = json.loads(out.read_text())["records"]
+    assert kept == one | {"overhead": 1.0}
+    assert (new["gpus"], new["strategy"], new["batch"], new["parts_ms"]) == (2, "fsdp", 4, {})
+    assert new["tokens_per_second"] == pytest.approx(64 / new["step_ms"] * 1e3) and new["overhead"] > 0
+    kept["peak_gb"] = new["peak_gb"] = 1.0
+    head, _, *rows = report.training([kept, new]).splitlines()
+    shares = ("100%", f"{new['tokens_per_second'] / 20:.0%}")
+    assert head.endswith("| efficiency |")
+    assert all(row.endswith(f"| {share} |") for row, share in zip(rows, shares, strict=True))
+    assert "efficiency" not in report.training([kept])
+
+
 def test_unknown_models_are_refused():
     command = [sys.executable, ROOT / "benchmarks" / "latency.py", "model", "--models", "mamba3"]
     result = subprocess.run(command, capture_output=True, text=True)
@@ -167,13 +208,29 @@ def test_llama_cpp(tmp_path):
         assert dtype == torch.float32
 
 
-@pytest.mark.parametrize("page, name", [("README.md", "ops"), ("docs/training.md", "training")])
+@pytest.mark.parametrize(
+    "page, name",
+    [
+        ("README.md", "ops"),
+        *(("docs/training.md", name) for name in ("training", "training_gpus", "study")),
+        ("recipes/mamba2-1.3b/README.md", "proof"),
+    ],
+)
 def test_the_pages_are_up_to_date(page, name):
     import report
 
     text = (ROOT / page).read_text()
     assert f"<!-- {name} -->" in text and ROOT / page in report.PAGES
     assert report.with_tables(text) == text, "run python benchmarks/report.py"
+
+
+def test_a_place_without_its_file_stays(tmp_path):
+    import report
+
+    text = "<!-- a -->\n<!-- /a -->\n"
+    assert report.with_tables(text, {"a": (tmp_path / "none.json", report.proof)}) == text
+    with pytest.raises(KeyError):
+        report.with_tables(text, {})
 
 
 def test_tables_and_plots(tmp_path):

@@ -14,7 +14,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from ternary_ssm import MambaLM, TernaryConfig, distributed, runs
+from ternary_ssm import MambaLM, TernaryConfig, distributed, runs, training
 from test_distill import BATCH, LENGTH, VOCAB, make_distiller, make_teacher, one_thread  # noqa: F401
 
 STEPS = 6
@@ -22,7 +22,7 @@ STEPS = 6
 OPTIONS = {"ternary": TernaryConfig(32, "learned"), "steps": STEPS, "grad_clip": 0.5, "hidden_weight": 0.1}
 
 
-def spawn(world: int, function, *args) -> list[int | None]:
+def spawn(world: int, function, *args, device: str = "cpu") -> list[int | None]:
     """Runs function(*args) in `world` processes that form a group; their exit codes."""
     context = multiprocessing.get_context("forkserver")  # imports torch once, and forks from there
     context.set_forkserver_preload(["ternary_ssm.trainer", "pytest"])
@@ -30,27 +30,47 @@ def spawn(world: int, function, *args) -> list[int | None]:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     processes = [
-        context.Process(target=enter, args=(rank, world, port, function, args)) for rank in range(world)
+        context.Process(target=enter, args=(rank, world, port, device, function, args))
+        for rank in range(world)
     ]
     for process in processes:
         process.start()
     for process in processes:
-        process.join(60)
+        process.join(60 if device == "cpu" else 180)
         if process.is_alive():
             process.kill()
     return [process.exitcode for process in processes]
 
 
-def enter(rank: int, world: int, port: int, function, args) -> None:
+def enter(rank: int, world: int, port: int, device: str, function, args) -> None:
     torch.set_num_threads(1)
-    os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(world))
-    with distributed.session("cpu"):
+    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_PORT": port}
+    os.environ.update({"MASTER_ADDR": "localhost"} | {name: str(value) for name, value in names.items()})
+    with distributed.session(device):
         function(*args)
 
 
 def train(out: Path, options: dict) -> None:
     d = make_distiller(out, **OPTIONS | options)
     d.train(resume=bool(runs.checkpoints(out)))
+
+
+def train_fused(out: Path, options: dict) -> None:
+    """The fused form of a block, each kernel of mamba_ssm's replaced by modules that give the same."""
+
+    def add_norm(x, residual, norm, in_fp32):
+        residual = (x if residual is None else residual + x).float()
+        return norm(residual), residual
+
+    def after_projection(mixer, zxbcdt):
+        mixer.in_proj.forward = lambda _: zxbcdt
+        y = mixer(zxbcdt)
+        del mixer.in_proj.forward
+        return y
+
+    training.is_fused, training._add_norm = lambda *_: True, add_norm
+    training._norm, training._fused_mamba2 = lambda x, norm, dtype: norm(x), after_projection
+    train(out, options)
 
 
 def losses(out: Path) -> torch.Tensor:
@@ -104,6 +124,23 @@ def test_the_numbers_are_those_of_one_process(tmp_path, single, world, options):
     assert len(zeros[0]) == len(zeros[1])
     for found, true in zip(*zeros, strict=True):
         assert found == pytest.approx(true, abs=1e-3)
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_the_fused_form_on_split_parameters(tmp_path, single, share):
+    options = single[1] | {"strategy": "fsdp", "recompute": share}
+    assert spawn(2, train_fused, tmp_path, options) == [0, 0]
+    assert_same_run(tmp_path, single)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="no two GPUs")
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_the_numbers_of_two_gpus_are_those_of_one(tmp_path, strategy):
+    options = {"device": "cuda", "strategy": strategy}
+    train(tmp_path / "one", options)
+    assert spawn(2, train, tmp_path / "two", options, device="cuda") == [0, 0]
+    torch.testing.assert_close(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=1e-3, atol=1e-5)
 
 
 def interrupted(out: Path, options: dict, step: int) -> None:

@@ -44,6 +44,7 @@ def captures(device, monkeypatch) -> list:
         monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
         monkeypatch.setattr(torch.cuda, "Event", lambda: event)
         monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+        monkeypatch.setattr(graphs, "anchor", lambda *_: None)
         monkeypatch.setattr(graphs, "has_kernel", lambda *_: True)
         monkeypatch.setattr(generation, "_steps", graphs.steps)
         capture = lambda function, pool: SimpleNamespace(replay=function)  # noqa: E731
@@ -239,3 +240,12 @@ def test_nothing_outlives_the_model(device):
     del model
     gc.collect()
     assert runner() is None
+
+
+def test_when_no_graph_is_left(device, monkeypatch):
+    """A batch whose states are too large to keep gives its graph back; the next call captures again."""
+    monkeypatch.setattr(graphs, "LOOP_BYTES", 0)
+    model = build(device=device)
+    first = model.generate([[1], [2]], 6)
+    assert not graphs._runners[model].loops
+    assert model.generate([[1], [2]], 6) == first

@@ -32,6 +32,10 @@ struct SsdArgs {
   float dt_min, dt_max;  // dt_max infinity: no limit
   bool dt_softplus;
   void* workspace = nullptr;  // of ssd on sm90
+  // Of ssd on sm90, where ssd_gates_sm90 is not 0: y leaves as y silu(z) gate_norm, beside sums of squares of
+  // y silu(z). That is a gated norm but for its 1 / rms.
+  const void* gate_norm = nullptr;  // [h, p], of `type`
+  float* squares = nullptr;         // [b, l, ssd_gates_sm90]
 };
 
 // Work items are (sequence, head), head fastest.
@@ -41,5 +45,8 @@ void ssd_cpu(const SsdArgs& args, int64_t begin, int64_t end);
 int ssd_sm90(const SsdArgs& args, CUstream_st* stream);
 int ssd_workspace_sm90(const SsdArgs& args, int64_t* bytes);  // that ssd_sm90 needs
 int ssd_update_sm90(const SsdArgs& args, CUstream_st* stream);
+
+// Sums of squares of a token where ssd_sm90 takes a gate_norm for these tensors, else 0.
+int64_t ssd_gates_sm90(const SsdArgs& args);
 
 }  // namespace ternary

@@ -133,10 +133,10 @@ Tensor decode(const Tensor& tokens, const Tensor& embedding, const std::optional
                   kGpu ? " on a GPU" : " or a8 on a CPU", ", not ", activations);
   check_dim(tokens, 1, "tokens");
   const int64_t b = tokens.size(0);
-  DecodeArgs args = model_args({tokens, embedding, embedding_scale, norm, in_codes, in_scales, conv_weight,
-                                conv_bias, conv_state, dt_bias, A, D, ssm_state, gate_norm, out_codes,
-                                out_scales},
-                               b, eps, dt_min, dt_max);
+  DecodeArgs args =
+      model_args({tokens, embedding, embedding_scale, norm, in_codes, in_scales, conv_weight, conv_bias,
+                  conv_state, dt_bias, A, D, ssm_state, gate_norm, out_codes, out_scales},
+                 b, eps, dt_min, dt_max);
   check_device(workspace, tokens, "workspace");
   check_type(workspace, ScalarType::Int, "workspace");
   check_contiguous(workspace, "workspace");
@@ -162,10 +162,10 @@ Tensor prefill(const Tensor& tokens, const std::optional<Tensor>& cu_seqlens, co
                   activations);
   check_dim(tokens, 2, "tokens");
   const auto bounds = sequence_bounds(cu_seqlens, tokens);
-  DecodeArgs args = model_args({tokens, embedding, embedding_scale, norm, in_codes, in_scales, conv_weight,
-                                conv_bias, conv_state, dt_bias, A, D, ssm_state, gate_norm, out_codes,
-                                out_scales},
-                               count_sequences(bounds, tokens), eps, dt_min, dt_max);
+  DecodeArgs args =
+      model_args({tokens, embedding, embedding_scale, norm, in_codes, in_scales, conv_weight, conv_bias,
+                  conv_state, dt_bias, A, D, ssm_state, gate_norm, out_codes, out_scales},
+                 count_sequences(bounds, tokens), eps, dt_min, dt_max);
   const Sizes size = {tokens.size(0), tokens.size(1), norm.size(1)};
   Tensor hidden = torch::stable::new_empty(tokens, size, ScalarType::Float);
   args.hidden = hidden.mutable_data_ptr<float>();

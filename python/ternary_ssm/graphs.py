@@ -85,6 +85,12 @@ def capture(function: Callable[[], None], pool: tuple[int, int]) -> torch.cuda.C
     return graph
 
 
+def anchor(pool: tuple[int, int], device: torch.device, capture=capture) -> torch.cuda.CUDAGraph:
+    """A graph to keep: into a pool whose graphs are all gone torch captures no other."""
+    torch.zeros(1, device=device)
+    return capture(lambda: torch.zeros(1, device=device), pool)
+
+
 class Runner:
     """The graphs of one model and what they share. All run in one stream, so that they can share memory."""
 
@@ -93,6 +99,7 @@ class Runner:
         self.watch, self.place = Watch(model), _place(model)
         self.stream = torch.cuda.current_stream(model.device)
         self.pool = torch.cuda.graph_pool_handle()
+        self.anchor = anchor(self.pool, model.device)
         self.lock = threading.Lock()
         self.loops: list[Loop] = []  # idle ones, the last used at the end
         self.prefills: OrderedDict[tuple[int, int], Prefill | None] = OrderedDict()

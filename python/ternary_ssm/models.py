@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,7 +59,10 @@ class Block(nn.Module):
         dense, packed = (Mamba2, TernaryMamba2) if config.is_mamba2 else (Mamba, TernaryMamba)
         self.mixer = (dense if ternary is None else packed)(config, ternary, f"{name}.mixer", device, dtype)
 
-    def forward(self, x: Tensor, *states: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, *states: Tensor | None, form: Callable[..., Any] | None = None) -> Any:
+        """form: computes form(block, x, *states) instead; in a call, where FSDP has the parameters whole."""
+        if form is not None:
+            return form(self, x, *states)
         residual = x.float() if self.residual_in_fp32 else x
         return residual + self.mixer(self.norm(x.to(self.norm.weight.dtype)), *states)
 

@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import checkpoint
 
 from .layers import Mamba2, TernaryLinear
@@ -43,10 +42,9 @@ def is_fused(backbone: Backbone, ids: Tensor) -> bool:
     if torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
     shapes = c.is_mamba2 and c["rmsnorm"] and c.norm_groups == c.ngroups and c.d_conv in (2, 3, 4)
-    split = isinstance(backbone.layers[0], FSDPModule)  # its parameters are whole where the block is called
     packed = any(isinstance(block.mixer.in_proj, TernaryLinear) for block in backbone.layers)
     runs = kind == "cuda" and dtype.itemsize == 2 and ids.numel() > 0
-    return shapes and not (packed or split) and runs and _importable()
+    return shapes and not packed and runs and _importable()
 
 
 def run(backbone: Backbone, ids: Tensor) -> Tensor:
@@ -59,7 +57,7 @@ def run(backbone: Backbone, ids: Tensor) -> Tensor:
         return backbone.norm_f(x.to(backbone.norm_f.weight.dtype))
     residual = None
     for i, block in enumerate(layers):
-        x, residual = _fused_block(block, x, residual, drop_projection=i < again)
+        x, residual = block(x, residual, form=partial(_fused_block, drop_projection=i < again))
     return _add_norm(x, residual, backbone.norm_f, backbone.config.residual_in_fp32)[0]
 
 

@@ -15,9 +15,9 @@ constexpr int kThreads = 128;
 constexpr int kBlocksPerSm = 5;  // 96 registers
 constexpr int kVectorBytes = 8;  // of channels of a thread: wider ones leave too few threads to hide reads
 constexpr int kTile = 32;        // tokens of a thread; the three before them are read again, from L2.
-constexpr int kShortTile = 16;   // Where long tiles are few,
-constexpr int kFewThreads = 1 << 17;
-constexpr int kUnroll = 8;  // tokens read at once
+constexpr int kShortTile = 8;    // Fewer, down to this,
+constexpr int kFewThreads = 1 << 17;  // where that makes so few threads.
+constexpr int kUnroll = 8;            // tokens read at once
 
 template <class Element>
 __device__ float activate(float y, bool use_silu) {
@@ -249,7 +249,8 @@ int causal_conv1d_sm90(const CausalConv1dArgs& args, CUstream_st* stream) {
     using Element = decltype(element);
     if (args.width == kWidth && aligned && args.channels % vector == 0) {
       const int64_t vectors = args.channels / vector;
-      const int tile = tokens / kTile * vectors < kFewThreads ? kShortTile : kTile;
+      int tile = kTile;
+      while (tile > kShortTile && tokens / tile * vectors < kFewThreads) tile /= 2;
       const ConvArgs a = {args, tile, blocks_for(vectors)};
       const auto tiles = static_cast<unsigned>(tokens == 0 ? 1 : (tokens + tile - 1) / tile);
       return launch_overlapping(conv_kernel<Element, decltype(weight)>, a, tiles * a.blocks_of_tile, kThreads,

@@ -6,11 +6,11 @@
 #include "kernels/causal_conv1d.h"
 #include "kernels/gemm.h"
 #include "kernels/norm.h"
-#include "kernels/ssd.h"
 #include "kernels/sm90/common/launch.cuh"
 #include "kernels/sm90/decode/sequence.cuh"
 #include "kernels/sm90/decode/sequence.h"
 #include "kernels/sm90/gemm/select.h"
+#include "kernels/ssd.h"
 
 namespace ternary::sm90 {
 
@@ -40,8 +40,6 @@ class SequenceOfLaunches {
         r_(e_ + c_ + args.heads),
         blocks_(static_cast<int>(divide_up(e_, channels_of_block(args.state_type)))),
         fused_(!args.prefill && args.state_size == Sequence::kStateSize),
-        // The gated norm's 1 / rms may follow out_proj where what it would have scaled has bf16's range.
-        scaled_after_(fused_ && args.type == DType::bf16),
         in_{.x = take(args.d_model),
             .codes = args.in_codes,
             .scales = args.in_scales,
@@ -73,8 +71,13 @@ class SequenceOfLaunches {
         u_(const_cast<void*>(in_.x)),
         zxBCdt_{take(r_), fused_ ? take(r_) : zxBCdt_[0]},
         y_(const_cast<void*>(out_.x)),
-        xBC_(fused_ ? nullptr : take(c_)),
-        squares_(scaled_after_ ? static_cast<float*>(take(2 * parts())) : nullptr) {}
+        xBC_(fused_ ? nullptr : take(c_)) {
+    // The gated norm's 1 / rms may follow out_proj where what it would have scaled has bf16's range.
+    if (args.type != DType::bf16) return;
+    if (fused_) parts_ = blocks_ * channels_of_block(args.state_type) / 32;
+    if (args.prefill) parts_ = static_cast<int>(ssd_gates_sm90(ssd(0, true)));
+    if (parts_) squares_ = static_cast<float*>(take(2 * parts_));
+  }
 
   // Both products are cut alike in all layers.
   int plan() {
@@ -83,7 +86,7 @@ class SequenceOfLaunches {
     in_.workspace = take_bytes(in_plan_.workspace);
     out_.workspace = take_bytes(out_plan_.workspace);
     int64_t bytes = 0;
-    if (error == cudaSuccess && a_.prefill) error = ssd_workspace_sm90(ssd(0), &bytes);
+    if (error == cudaSuccess && a_.prefill) error = ssd_workspace_sm90(ssd(0, parts_ != 0), &bytes);
     ssd_workspace_ = take_bytes(bytes);
     return error;
   }
@@ -96,7 +99,7 @@ class SequenceOfLaunches {
     const auto run = [&error](int result) { return (error = result) == cudaSuccess; };
     for (int64_t i = 0; i < a_.layers; ++i)
       if (!run(norm(i)) || !run(project(in_, in_plan_, zxBCdt_[i % 2], i)) ||
-          !run(fused_ ? token(i) : conv_and_ssd(i)) || !run(scaled_after_ ? cudaSuccess : gated_norm(i)) ||
+          !run(fused_ ? token(i) : conv_and_ssd(i)) || !run(parts_ ? cudaSuccess : gated_norm(i)) ||
           !run(project(out_, out_plan_, out_.y, i)))
         return error;
     return norm(a_.layers);
@@ -117,9 +120,6 @@ class SequenceOfLaunches {
   void* ssm_state(int64_t layer) const {
     return at(a_.ssm_state, a_.state_type, layer * a_.batch * e_ * a_.state_size);
   }
-
-  // Sums of squares of a row of y.
-  int parts() const { return blocks_ * channels_of_block(a_.state_type) / 32; }
 
   // Of layer i, where there is one and no other kernel does it.
   ShiftArgs shift(int64_t i) const {
@@ -145,14 +145,14 @@ class SequenceOfLaunches {
                         .vocab = a_.vocab,
                         .dim = a_.d_model,
                         .d_inner = static_cast<int>(e_),
-                        .parts = parts(),
+                        .parts = parts_,
                         .scale_type = a_.scale_type,
                         .eps = a_.eps};
     const int runs = (a_.d_model + Sequence::kRun - 1) / Sequence::kRun;
     const unsigned threads = std::min((runs + 31) / 32 * 32, Sequence::kMaxThreads);
     return with_half(a_.type, [&](auto element) -> int {
-      return launch_overlapping(norm_kernel<decltype(element)>, norm, static_cast<unsigned>(a_.rows()), threads,
-                                stream_);
+      return launch_overlapping(norm_kernel<decltype(element)>, norm, static_cast<unsigned>(a_.rows()),
+                                threads, stream_);
     });
   }
 
@@ -173,7 +173,7 @@ class SequenceOfLaunches {
                           .A = a_.A + i * a_.heads,
                           .D = a_.D + i * a_.heads,
                           .states = ssm_state(i),
-                          .gate_norm = scaled_after_ ? at(a_.gate_norm, a_.type, i * e_) : nullptr,
+                          .gate_norm = parts_ ? at(a_.gate_norm, a_.type, i * e_) : nullptr,
                           .y = y_,
                           .squares = squares_,
                           .shift = shift(i - 1),
@@ -212,10 +212,12 @@ class SequenceOfLaunches {
     const int error =
         a_.prefill ? causal_conv1d_sm90(conv, stream_) : causal_conv1d_update_sm90(conv, stream_);
     if (error != cudaSuccess) return error;
-    return a_.prefill ? ssd_sm90(ssd(i), stream_) : ssd_update_sm90(ssd(i), stream_);
+    const SsdArgs args = ssd(i, parts_ != 0);
+    return a_.prefill ? ssd_sm90(args, stream_) : ssd_update_sm90(args, stream_);
   }
 
-  SsdArgs ssd(int64_t i) const {
+  // gates: y leaves gated.
+  SsdArgs ssd(int64_t i, bool gates) const {
     void* const state = ssm_state(i);
     return {.x = xBC_,
             .dt = at(zxBCdt_[i % 2], a_.type, e_ + c_),
@@ -223,7 +225,7 @@ class SequenceOfLaunches {
             .B = at(xBC_, a_.type, e_),
             .C = at(xBC_, a_.type, e_ + a_.state_size),
             .D = a_.D + i * a_.heads,
-            .z = nullptr,
+            .z = gates ? zxBCdt_[i % 2] : nullptr,
             .dt_bias = a_.dt_bias + i * a_.heads,
             .initial_state = a_.prefill ? nullptr : state,
             .cu_seqlens = a_.cu_seqlens,
@@ -235,7 +237,7 @@ class SequenceOfLaunches {
             .dt_stride = r_,
             .B_stride = c_,
             .C_stride = c_,
-            .z_stride = 0,
+            .z_stride = r_,
             .sequences = a_.batch,
             .length = a_.length,
             .heads = a_.heads,
@@ -246,7 +248,9 @@ class SequenceOfLaunches {
             .dt_min = a_.dt_min,
             .dt_max = a_.dt_max,
             .dt_softplus = true,
-            .workspace = ssd_workspace_};
+            .workspace = ssd_workspace_,
+            .gate_norm = gates ? at(a_.gate_norm, a_.type, i * e_) : nullptr,
+            .squares = squares_};
   }
 
   // In place: a thread reads what it writes before it does.
@@ -271,12 +275,13 @@ class SequenceOfLaunches {
   int64_t bytes_ = 0;        // taken
   const int64_t e_, c_, r_;  // as in DecodeArgs: d_inner, channels of the convolution, rows of in_proj
   const int blocks_;         // of token_kernel, a sequence
-  const bool fused_, scaled_after_;
-  GemmArgs in_, out_;  // of the first layer
+  const bool fused_;         // what is between the products in one kernel
+  GemmArgs in_, out_;        // of the first layer
   void* const u_;
   void* const zxBCdt_[2];  // layers take turns: token_kernel moves the layer before's B and C
   void *const y_, *const xBC_;
-  float* const squares_;
+  int parts_ = 0;             // sums of squares of a token, or 0: the gated norm is a kernel of its own
+  float* squares_ = nullptr;  // [tokens, parts_]
   void* ssd_workspace_ = nullptr;
   GemmPlan in_plan_, out_plan_;
   cudaStream_t stream_ = nullptr;

@@ -15,8 +15,8 @@ __global__ void __launch_bounds__(Config::kThreads, 1) chunk_kernel(const __grid
     }
     fence_barriers();
   }
-  // Outputs behind `added` need not wait: its blocks let them start when they have waited themselves. Those of
-  // first segments run beside it; the others wait for the parts.
+  // Outputs behind `added` need not wait: its blocks let them start when they have waited themselves. Those
+  // of first segments run beside it; the others wait for the parts.
   if (!Config::kOutputs || args.cuts == 0) wait_for_prerequisites();
   launch_dependents();
   const int64_t teams = args.ssd.groups * args.teams;

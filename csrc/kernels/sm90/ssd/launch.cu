@@ -56,6 +56,11 @@ static bool is_chunked(const SsdArgs& args) {
          tokens_of_batch(args) > 0 && tokens_of_batch(args) < INT32_MAX;
 }
 
+// Units of a head.
+static int64_t row_tiles(const SsdArgs& args) {
+  return (args.head_dim + Chunked::kRows - 1) / Chunked::kRows;
+}
+
 // How the batch is cut. The workspace starts with the parts; the decays lie behind them.
 struct ChunkPlan {
   ChunkArgs args;
@@ -73,15 +78,14 @@ static cudaError_t plan_chunks(const SsdArgs& args, ChunkPlan& plan) {
   const cudaError_t error = count_sms(&sms);
   if (error != cudaSuccess) return error;
   plan.panels = args.state_size <= Chunked::kColumns ? 1 : args.state_size <= 2 * Chunked::kColumns ? 2 : 4;
-  const int64_t row_tiles = (args.head_dim + Chunked::kRows - 1) / Chunked::kRows;
-  const int64_t units = args.heads / args.groups * row_tiles, of_block = Chunked::units(plan.panels);
+  const int64_t units = args.heads / args.groups * row_tiles(args), of_block = Chunked::units(plan.panels);
   const int64_t teams = (units + of_block - 1) / of_block;
   const int64_t rows = args.cu_seqlens ? 1 : args.sequences;
   const int64_t segment = segment_tokens(rows, args.length, teams * args.groups, sms);
   const int64_t each = std::max<int64_t>(1, (args.length + segment - 1) / segment);
   plan.args.ssd = args;
   plan.args.segment = segment;
-  plan.args.row_tiles = static_cast<int>(row_tiles);
+  plan.args.row_tiles = static_cast<int>(row_tiles(args));
   plan.args.units = static_cast<int>(units);
   plan.args.teams = static_cast<int>(teams);
   // Of packed sequences at most this many: each ends in one segment, and the others are whole.
@@ -158,6 +162,12 @@ int ssd_workspace_sm90(const SsdArgs& args, int64_t* bytes) {
   const cudaError_t error = sm90::plan_chunks(args, plan);
   if (error == cudaSuccess) *bytes = plan.bytes();
   return error;
+}
+
+int64_t ssd_gates_sm90(const SsdArgs& args) {
+  const bool fits = sm90::is_chunked(args) && sm90::is_aligned_rows(args.z, args.z_stride, args.head_dim) &&
+                    sm90::is_aligned(args.gate_norm);
+  return fits ? args.heads * sm90::row_tiles(args) : 0;
 }
 
 int ssd_sm90(const SsdArgs& args, CUstream_st* stream) {

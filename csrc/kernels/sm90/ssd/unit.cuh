@@ -56,14 +56,16 @@ class UnitWorker {
     for (int64_t first = segment.begin; first < segment.end; first += Chunked::kTokens, next_stage()) {
       Panel& x = smem.stages[stage].x[number];
       float y[32];
+      uint4 gates[4];
       wait_for_chunk(first);
       multiply(y);
+      if (a.gate_norm) load_gates(gates, first);
       if (a.D && a.D_size > 1) add_skip(y, x);
-      if (a.z) gate(y, first);
+      if (a.z && !a.gate_norm) gate(y, first);
       sync_warpgroup(number);  // all four warps' products are done with the state's copy and x
       publish_state();
       store_panel(x, y);
-      write_outputs(x, first);
+      write_outputs(x, first, gates);
       release(&smem.empty[stage]);
     }
     if (segment.last)
@@ -382,21 +384,64 @@ class UnitWorker {
     for (int i = 0; i < kPanels; ++i) store_panel(smem.state[number][i], state[i]);
   }
 
+  // The lane's tokens of the 16 of its warp, every fourth from this one on, and its eight channels of them.
+  __device__ int token_of_lane() const { return 16 * warp + lane / 8; }
+  __device__ int64_t channel_of_lane() const { return unit.first_row + lane % 8 * 8; }
+  __device__ bool has_outputs(int64_t first, int i) const {
+    return unit.active && channel_of_lane() < a.head_dim && first + token_of_lane() + 4 * i < segment.end;
+  }
+
+  __device__ void load_gates(uint4 (&gates)[4], int64_t first) const {
+    const auto* z = static_cast<const Element*>(a.z) + (first + token_of_lane()) * a.z_stride +
+                    unit.head * a.head_dim + channel_of_lane();
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      gates[i] = {};
+      if (has_outputs(first, i)) gates[i] = __ldcg(reinterpret_cast<const uint4*>(z + 4 * i * a.z_stride));
+    }
+  }
+
+  // y silu(z) gate_norm in place of y, and the sum of squares before the weight.
+  __device__ void gate_outputs(uint4 (&pieces)[4], const uint4 (&gates)[4], int64_t first) const {
+    using Eight = Words<Element, 8>;
+    const auto* weights = static_cast<const Element*>(a.gate_norm) + unit.head * a.head_dim;
+    float w[8] = {};
+    if (unit.active && channel_of_lane() < a.head_dim)
+      to_floats(w, load_words<Element, 8>(weights + channel_of_lane()));
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      float y[8], z[8], sum = 0.0f;
+      to_floats(y, reinterpret_cast<const Eight&>(pieces[i]));
+      to_floats(z, reinterpret_cast<const Eight&>(gates[i]));
+#pragma unroll
+      for (int j = 0; j < 8; ++j) {
+        y[j] *= silu_fast(z[j]);
+        sum = fmaf(y[j], y[j], sum);
+        y[j] *= w[j];
+      }
+      reinterpret_cast<Eight&>(pieces[i]) = to_words<Element>(y);
+#pragma unroll
+      for (int lanes = 1; lanes < 8; lanes *= 2) sum += __shfl_xor_sync(0xffffffff, sum, lanes);
+      const int64_t token = first + token_of_lane() + 4 * i;
+      if (lane % 8 == 0 && has_outputs(first, i)) a.squares[token * a.groups * args.units + unit.index] = sum;
+    }
+  }
+
   // The warp's 16 tokens of y, which lie where x was.
-  __device__ void write_outputs(Panel& y, int64_t first) const {
+  __device__ void write_outputs(Panel& y, int64_t first, const uint4 (&gates)[4]) const {
     fence_shared();  // what was stored here and the state's copy, before the copy engine and products use
                      // them
     __syncwarp();
-    const int64_t column = unit.first_row + lane % 8 * 8, stride = a.heads * a.head_dim;
-    const int row = 16 * warp + lane / 8, rows = static_cast<int>(min(segment.end - first, int64_t{64}));
+    const int64_t stride = a.heads * a.head_dim;
     uint4 pieces[4];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) pieces[i] = *y.at(row + 4 * i, lane % 8);
-    auto* to = static_cast<Element*>(a.y) + (first + row) * stride + unit.head * a.head_dim + column;
-    const bool inside = unit.active && column < a.head_dim;
+    for (int i = 0; i < 4; ++i) pieces[i] = *y.at(token_of_lane() + 4 * i, lane % 8);
+    if (a.gate_norm) gate_outputs(pieces, gates, first);
+    auto* to = static_cast<Element*>(a.y) + (first + token_of_lane()) * stride + unit.head * a.head_dim +
+               channel_of_lane();
 #pragma unroll
     for (int i = 0; i < 4; ++i, to += 4 * stride)
-      if (inside && row + 4 * i < rows) __stcg(reinterpret_cast<uint4*>(to), pieces[i]);
+      if (has_outputs(first, i)) __stcg(reinterpret_cast<uint4*>(to), pieces[i]);
   }
 };
 
