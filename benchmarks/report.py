@@ -13,7 +13,8 @@ from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
 ROOT = Path(__file__).parents[1]
-PAGES = (ROOT / "README.md", ROOT / "docs/training.md", ROOT / "recipes/mamba2-1.3b/README.md")
+PAGES = ("README.md", "docs/training.md", "docs/kernels_ssd.md", "docs/kernels_decode.md")
+PAGES = tuple(ROOT / page for page in (*PAGES, "recipes/mamba2-1.3b/README.md"))
 OPS, MODEL, SCAN, TRAINING = (RESULTS / f"h200_{name}.json" for name in ("ops", "model", "scan", "training"))
 PROOF = ROOT / "recipes/mamba2-1.3b/results/proof.json"
 STUDY = ROOT / "recipes/tiny-english/results/study.json"
@@ -58,12 +59,15 @@ def _models(
 
 
 def decode(records: list[dict]) -> str:
+    """By CUDA graph, as generate does it."""
+    records = [r for r in records if r["mode"] == "graph"]
     found = {r["batch"] for r in records if r["bench"] == "decode"}
     batches = [b for b in BATCHES if b in found]
     return _models(records, "decode", lambda r: r["batch"], batches, "ms a step, by batch")
 
 
 def prefill(records: list[dict]) -> str:
+    records = [r for r in records if r["mode"] == "graph"]
     shapes = sorted({(r["batch"], r["length"]) for r in records if r["bench"] == "prefill"})
     return _models(records, "prefill", lambda r: (r["batch"], r["length"]), shapes, "ms, by batch and length")
 
@@ -75,6 +79,21 @@ def scan(records: list[dict]) -> str:
         shapes = [s for s in shapes if s[1] > 1 or s[0] in BATCHES]
         parts.append(_models(records, bench, lambda r: (r["batch"], r["length"]), shapes, f"{bench}, ms"))
     return "\n\n".join(parts)
+
+
+def states(records: list[dict]) -> str:
+    rows = [
+        (
+            r["state_dtype"],
+            *(f"{r[name]:.4f}" for name in ("nats", "whole_nats")),
+            *(f"{r[name]:.1e}" for name in ("kl", "kl_begin", "kl_end")),
+        )
+        for r in records
+    ]
+    r = records[0]
+    first = f"states ({r['batch']} x {r['length']:,} tokens, {r['dtype']})"
+    head = (first, "nats a token", "whole sequence", "KL", "KL, first 1/16", "KL, last 1/16")
+    return table(head, rows)
 
 
 def rates(records: list[dict]) -> str:
@@ -179,7 +198,7 @@ def proof(records: list[dict]) -> str:
 
 TABLES = {"ops": (OPS, ops), "decode": (MODEL, decode), "prefill": (MODEL, prefill), "scan": (SCAN, scan)}
 TABLES |= {f"cpu_{name}": (RESULTS / f"cpu_model_{name}.json", rates) for name in ("a16", "a8")}
-TABLES |= {"training": (TRAINING, training)}
+TABLES |= {"training": (TRAINING, training), "states": (RESULTS / "h200_states.json", states)}
 TABLES |= {
     "training_gpus": (TRAINING.with_stem("h200x2_training"), training),
     "study": (STUDY, study),

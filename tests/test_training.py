@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ternary_ssm import MambaConfig, MambaLM, TernaryConfig, quantize_, training
 from ternary_ssm.fp8 import Fp8Linear, fp8_
+from ternary_ssm.loss import distillation_loss
 
 CUDA = [
     pytest.mark.cuda,
@@ -50,6 +51,25 @@ class Count(TorchDispatchMode):
         name = func.overloadpacket.__name__
         self.calls[name] = self.calls.get(name, 0) + 1
         return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("layer", ["Mamba1", "Mamba2"])
+def test_a_compiled_step_is_one_graph_with_the_same_gradients(layer):
+    teacher = make_model(layer, n_layer=1)
+    student = quantize_(copy.deepcopy(teacher), TernaryConfig(group_size=64))
+    ids, heads = torch.randint(100, (2, 6)), [m.backbone.embeddings.weight for m in (student, teacher)]
+
+    def step(ids: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            hidden = teacher.backbone(ids[:, :-1])
+        return distillation_loss(student.backbone(ids[:, :-1]), hidden, *heads, ids[:, 1:])[0]
+
+    compiled, found = torch.compile(step, backend="aot_eager", fullgraph=True), []
+    for function in (step, compiled):
+        student.zero_grad()
+        function(ids).backward()
+        found.append([p.grad.clone() for p in student.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 @pytest.mark.parametrize("layer", ["Mamba1", "Mamba2"])

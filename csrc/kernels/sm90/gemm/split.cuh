@@ -9,8 +9,8 @@
 #include <cuda.h>
 
 #include "kernels/gemm.h"
-#include "kernels/sm90/common/ptx.cuh"
 #include "kernels/sm90/common/types.cuh"
+#include "kernels/sm90/common/wgmma.cuh"
 #include "kernels/sm90/gemm/config.h"
 #include "kernels/sm90/gemm/operands.cuh"
 

@@ -9,8 +9,8 @@
 // order of the sums is fixed.
 #pragma once
 
-#include "kernels/sm90/common/ptx.cuh"
 #include "kernels/sm90/common/types.cuh"
+#include "kernels/sm90/common/wgmma.cuh"
 #include "kernels/sm90/gemm/operands.cuh"
 #include "kernels/sm90/gemm/parts.cuh"
 #include "kernels/sm90/gemm/tile_config.cuh"

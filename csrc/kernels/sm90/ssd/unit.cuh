@@ -1,6 +1,7 @@
 // A unit's way through the chunks of a segment: one warpgroup.
 #pragma once
 
+#include "kernels/sm90/common/wgmma.cuh"
 #include "kernels/sm90/ssd/chunk.cuh"
 
 namespace ternary::sm90 {
