@@ -3,6 +3,7 @@
     python benchmarks/latency.py ops   [--models 1.3b,2.7b] [--rows 1,8,64]
     python benchmarks/latency.py scan  [--models mamba2-1.3b] [--bench ssd,step]
     python benchmarks/latency.py model [--models mamba2] [--bench decode] [--batches 1,8]
+    python benchmarks/latency.py load  [--models mamba2-1.3b]
 
 All take --device cuda|cpu and --out FILE. Peers run where they can be imported. Prints what it finds and
 writes a JSON file.
@@ -11,12 +12,13 @@ writes a JSON file.
 import argparse
 from pathlib import Path
 
+import latency_load
 import latency_model
 import latency_ops
 import latency_scan
 import torch
 
-COMMANDS = {"ops": latency_ops, "scan": latency_scan, "model": latency_model}
+COMMANDS = {"ops": latency_ops, "scan": latency_scan, "model": latency_model, "load": latency_load}
 
 
 def main() -> None:

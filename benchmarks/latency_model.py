@@ -3,7 +3,8 @@
 ternary_ssm's step is the one that generate() runs: layers, head and the choice of a token; mamba_ssm's (where
 it can be imported, 16-bit weights) gets a greedy choice, too. "graph" is one CUDA graph of it, "eager" one
 launch after another. Nothing is flushed from the caches between steps, as in use.
-On a CPU llama.cpp (where llama_cpp can be imported) runs the same model, exported.
+On a CPU llama.cpp (where llama_cpp can be imported) runs the same model, exported and with the head that its
+own quantization gives; all implementations take turns.
 """
 
 import argparse
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from records import Record, floor_ms, measure, name_of, show
+from records import Record, floor_ms, measure, measure_in_turn, name_of, show
 from timing import DTYPES, MODELS, begin, chosen_models, comma_list, write
 from torch import nn
 
@@ -109,7 +110,8 @@ def mamba_ssm(name: str, device: str, dtype: torch.dtype) -> tuple[nn.Module, Bu
 
 
 def llama_cpp(model: MambaLM, directory: str) -> Build:
-    from llama_cpp import Llama
+    import llama_cpp as library
+    from llama_cpp._logger import set_verbose
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     path = Path(directory) / "model.gguf"
@@ -119,8 +121,15 @@ def llama_cpp(model: MambaLM, directory: str) -> Build:
     tokenizer.add_special_tokens(["<|endoftext|>"])
     tokenizer.save(str(path.with_name("tokenizer.json")))
     gguf.write(path, model.config, model.ternary, model.state_dict(), path.parent, "tq2_0")
-    options = {"n_threads": torch.get_num_threads(), "verbose": False}
-    llama = Llama(str(path), n_ctx=8192, n_batch=512, **options)
+    small = path.with_name("small.gguf")  # its own choice of the head's type, Q6_K; the rest is copied
+    set_verbose(False)
+    wish = library.llama_model_quantize_default_params()
+    wish.ftype = library.LLAMA_FTYPE_MOSTLY_TQ2_0
+    if library.llama_model_quantize(str(path).encode(), str(small).encode(), wish):
+        raise RuntimeError("llama_model_quantize failed")
+    threads = torch.get_num_threads()
+    options = {"n_threads": threads, "n_threads_batch": threads, "verbose": False}
+    llama = library.Llama(str(small), n_ctx=8192, n_batch=512, n_ubatch=512, **options)
 
     def build(bench, batch, length, state_dtype, mode):
         if batch > 1:
@@ -148,7 +157,7 @@ def work(model: nn.Module, config: MambaConfig, bench: str, batch: int, length: 
 
 
 def implementations(args: argparse.Namespace, name: str) -> Iterator[tuple[str, str, Any, Build]]:
-    """(library, head's dtype, model, build) one after another, so that one at a time is in memory."""
+    """(library, head's dtype, model, build), each made when it is asked for."""
     dtype, config = DTYPES[args.dtype], config_of(name)
     for head in args.heads:
         ternary = TernaryConfig(group_size=args.group_size, embedding=head)
@@ -163,7 +172,7 @@ def implementations(args: argparse.Namespace, name: str) -> Iterator[tuple[str, 
         elif args.peers and args.group_size == gguf.BLOCK:
             model = random_model(config, TernaryConfig(group_size=gguf.BLOCK), "cpu", torch.float16)
             with tempfile.TemporaryDirectory() as directory:
-                yield "llama.cpp", "fp16", model, llama_cpp(model, directory)
+                yield "llama.cpp", "q6_k", model, llama_cpp(model, directory)
     except ImportError as error:
         print(f"{error.name}: not installed")
 
@@ -181,24 +190,38 @@ def cases(args: argparse.Namespace) -> Iterator[tuple[str, int, int, torch.dtype
 @torch.inference_mode()
 def bench_model(args: argparse.Namespace, name: str, limits: tuple[float, float]) -> Iterator[Record]:
     config = config_of(name)
-    for impl, head, model, build in implementations(args, name):
-        for bench, batch, length, state, mode in cases(args):
-            try:
-                run, state = build(bench, batch, length, state, mode)
-                times = measure(run, mode, args.device)
-            except Exception as error:  # a peer's, or of memory: a refusal is a result too
-                if impl == "ternary_ssm" and not isinstance(error, torch.OutOfMemoryError):
-                    raise
-                print(f"{bench} {name} {impl} {mode} b {batch}: {type(error).__name__} {error}"[:110])
-                continue
-            sizes = state.itemsize, DTYPES[args.dtype].itemsize
-            floor = floor_ms(*work(model, config, bench, batch, length, *sizes), args.device, limits)
-            rounded = impl == "ternary_ssm" and args.activations != "a16"
-            types = name_of(state), head, args.activations if rounded else args.dtype
-            record = Record(bench, impl, mode, name, batch, length, *types, *times, floor)
-            show(record)
-            yield record
-            run = None  # its states go before the next ones come
+    found = implementations(args, name)
+    # A GPU's memory takes one at a time.
+    groups = [[*found]] if args.device == "cpu" else ([one] for one in found)
+    for group in groups:
+        for case in cases(args):
+            for (impl, head, model, _), state, times in time_group(args, name, group, case):
+                bench, batch, length, _, mode = case
+                sizes = state.itemsize, DTYPES[args.dtype].itemsize
+                floor = floor_ms(*work(model, config, bench, batch, length, *sizes), args.device, limits)
+                rounded = impl == "ternary_ssm" and args.activations != "a16"
+                types = name_of(state), head, args.activations if rounded else args.dtype
+                record = Record(bench, impl, mode, name, batch, length, *types, *times, floor)
+                show(record)
+                yield record
+
+
+def time_group(args: argparse.Namespace, name: str, group: list[tuple], case: tuple) -> list[tuple]:
+    """(one of the group, its states' dtype, its times) of all that run this case."""
+    bench, batch, _, _, mode = case
+    built = []
+    for one in group:
+        try:
+            run, state = one[-1](*case)
+            built.append((one, state, run if args.device == "cpu" else measure(run, mode, args.device)))
+        except Exception as error:  # a peer's, or of memory: a refusal is a result too
+            if one[0] == "ternary_ssm" and not isinstance(error, torch.OutOfMemoryError):
+                raise
+            print(f"{bench} {name} {one[0]} {mode} b {batch}: {type(error).__name__} {error}"[:110])
+    if args.device == "cuda":
+        return built
+    times = measure_in_turn([run for _, _, run in built])
+    return [(one, state, t) for (one, state, _), t in zip(built, times, strict=True)]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

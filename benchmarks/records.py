@@ -1,5 +1,6 @@
 """One timing of a model or of a scan, and how its floor is counted."""
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -8,6 +9,7 @@ import torch
 from timing import capture, summary, time_cpu, time_cuda
 from torch import Tensor
 
+TURN = 0.4  # seconds; a call may take longer
 READ, MULTIPLY = 4.4e12, 0.79e15  # an H200's bytes and dense 16-bit flops a second
 
 
@@ -63,6 +65,23 @@ def measure(run: list[Callable[[], Any]], mode: str, device: str) -> tuple[float
     call = capture(run).replay if mode == "graph" else calls
     times = [ms / len(run) for ms in time_cuda(call, repeats=20 if mode == "graph" else 10)]
     return *summary(times), torch.cuda.max_memory_allocated() / 1e6
+
+
+def measure_in_turn(runs: list[list[Callable[[], Any]]], rounds: int = 5) -> list[tuple]:
+    """What `measure` gives, of several on a CPU: its speed drifts, so they take turns."""
+    times: list[list[float]] = [[] for _ in runs]
+    for run in runs:
+        run[0]()
+    for _ in range(rounds):
+        for (call, *_), found in zip(runs, times, strict=True):
+            end = time.perf_counter() + TURN
+            while True:
+                start = time.perf_counter()
+                call()
+                found.append((time.perf_counter() - start) * 1e3)
+                if time.perf_counter() > end:
+                    break
+    return [(*summary(found), None) for found in times]
 
 
 def show(record: Record) -> None:

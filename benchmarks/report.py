@@ -97,18 +97,49 @@ def states(records: list[dict]) -> str:
 
 
 def rates(records: list[dict]) -> str:
-    """Tokens a second, and the share of what the bytes and products alone would allow."""
+    """Tokens a second; of ours the share of what bytes and products alone would allow, over llama.cpp's."""
     kinds = list(dict.fromkeys((r["bench"], r["batch"], r["length"]) for r in records))
-    found = {(r["model"], r["bench"], r["batch"], r["length"]): r for r in records}
-    rows = []
-    for model, types in dict.fromkeys(
-        (r["model"], f"{r['activations']}, {r['head_dtype']} head") for r in records
-    ):
-        cells = (found.get((model, *kind)) for kind in kinds)
-        shown = (r and f"{r['tokens_per_second']:,.0f} ({r['floor_ms'] / r['median_ms']:.0%})" for r in cells)
-        rows.append((model, types, *(cell or "" for cell in shown)))
+    found = {(r["model"], r["impl"], r["bench"], r["batch"], r["length"]): r for r in records}
+
+    def cell(model: str, impl: str, kind: tuple) -> str:
+        if (r := found.get((model, impl, *kind))) is None:
+            return ""
+        text = f"{r['tokens_per_second']:,.0f}"
+        if impl != "ternary_ssm":
+            return text
+        peer = found.get((model, "llama.cpp", *kind))
+        times = f", {r['tokens_per_second'] / peer['tokens_per_second']:.2f}x" if peer else ""
+        return f"{text} ({r['floor_ms'] / r['median_ms']:.0%}{times})"
+
+    rows = [
+        (model, impl, types, *(cell(model, impl, kind) for kind in kinds))
+        for model, impl, types in dict.fromkeys(
+            (r["model"], r["impl"], f"{r['activations']}, {r['head_dtype']} head") for r in records
+        )
+    ]
     names = (f"{bench} {batch} x {length}" for bench, batch, length in kinds)
-    return table(["tokens/s (of the roofline)", "", *names], rows)
+    return table(["tokens/s (of the roofline, llama.cpp's)", "", "", *names], rows)
+
+
+def loading(records: list[dict]) -> str:
+    head = (
+        "model",
+        "file, MB",
+        "loaded, ms",
+        "first token, ms",
+        "resident, MB",
+        "states, MB",
+        "without, of the file",
+    )
+    rows = [
+        (
+            *(r["model"], figure(r["file_mb"]), figure(r["load_ms"])),
+            f"{r['first_token_ms']:,.0f} (least {r['first_token_min_ms']:,.0f})",
+            *(figure(r["resident_mb"]), figure(r["states_mb"]), f"{r['resident_ratio']:.2f}"),
+        )
+        for r in records
+    ]
+    return table(head, rows)
 
 
 def training(records: list[dict]) -> str:
@@ -198,6 +229,7 @@ def proof(records: list[dict]) -> str:
 
 TABLES = {"ops": (OPS, ops), "decode": (MODEL, decode), "prefill": (MODEL, prefill), "scan": (SCAN, scan)}
 TABLES |= {f"cpu_{name}": (RESULTS / f"cpu_model_{name}.json", rates) for name in ("a16", "a8")}
+TABLES |= {"cpu_load": (RESULTS / "cpu_load.json", loading)}
 TABLES |= {"training": (TRAINING, training), "states": (RESULTS / "h200_states.json", states)}
 TABLES |= {
     "training_gpus": (TRAINING.with_stem("h200x2_training"), training),

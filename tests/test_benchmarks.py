@@ -35,6 +35,7 @@ def tiny(monkeypatch):
         monkeypatch.setattr(module, name, {"cpu": [(1, 16), (2, 8)]})
     monkeypatch.setattr(records, "time_cpu", lambda run, seconds: [call() is None or 1.0 for call in run * 2])
     monkeypatch.setattr(timing, "ceilings", lambda device: (1e10, 1e11))
+    monkeypatch.setattr(records, "TURN", 0)
     monkeypatch.setattr(latency_model, "VOCAB", 500)
 
 
@@ -95,6 +96,24 @@ def test_the_floor_is_what_the_shapes_say():
     assert flops == 2 * 3 * (2 * (n * d + 2 * d * d) + 504 * d)
     with torch.no_grad():
         assert 0.1 < model(torch.arange(12).reshape(2, 6)).logits.float().std() < 100
+
+
+@pytest.mark.usefixtures("tiny")
+def test_load(monkeypatch, tmp_path):
+    (found,) = run(monkeypatch, tmp_path, "load", "--models", "mamba2-tiny", "--rounds", "1")
+    assert 0 < found["load_ms"] < found["first_token_ms"] == found["first_token_min_ms"]
+    assert found["states_mb"] == pytest.approx(2 * (512 * 128 * 4 + 3 * 768 * 4) / 1e6)
+    assert found["resident_ratio"] == (found["resident_mb"] - found["states_mb"]) / found["file_mb"]
+
+
+def test_measuring_in_turn(monkeypatch):
+    import records
+
+    monkeypatch.setattr(records, "TURN", 0)
+    calls = []
+    found = records.measure_in_turn([[lambda: calls.append("a")], [lambda: calls.append("b")]], rounds=3)
+    assert "".join(calls) == "ab" * 4
+    assert all(p10 <= median <= p90 and peak is None for median, p10, p90, peak in found)
 
 
 @pytest.mark.usefixtures("tiny")

@@ -49,6 +49,8 @@ def copied(args: list, dtype: torch.dtype | None = None) -> list:
     """Copies; of the floats in another dtype if asked for. Scales and tables keep theirs: they are data."""
 
     def convert(value):
+        if isinstance(value, list):  # slices of one stack, as a GPU wants them
+            return [*convert(torch.stack(value))]
         if not isinstance(value, Tensor):
             return value
         return value.clone() if dtype is None or not value.is_floating_point() else value.to(dtype, copy=True)
@@ -214,8 +216,11 @@ def test_any_number_of_threads_gives_the_same():
         (0, lambda t: t.index_fill(0, torch.tensor([1]), 96), r"tokens\[1\] is 96, expected 0 to 95"),
         (0, lambda t: t.index_fill(0, torch.tensor([2]), -1), r"tokens\[2\] is -1, expected 0 to 95"),
         (3, lambda t: t.bfloat16(), "embedding must be BFloat16, not Float"),
-        (5, lambda t: t[..., :1], r"in_scales must be contiguous"),
-        (5, lambda t: t.repeat_interleave(64, 2), "equal and of a multiple of 4"),
+        (4, lambda t: t[:2], "in_codes must have 3 tensors, one a layer, not 2"),
+        (5, lambda t: [*t[:2], t[2].float()], r"in_scales\[2\] must be .* Half \[1296, 2\], not Float"),
+        (4, lambda t: [c[1:] for c in t], r"in_codes must be \[1296, 64\], not \[1295, 64\]"),
+        (5, lambda t: [s[..., :1] for s in t], r"in_scales\[0\] must be contiguous"),
+        (5, lambda t: [s.repeat_interleave(64, 1) for s in t], "equal and of a multiple of 4"),
         (8, lambda t: t[:, :2].contiguous(), r"conv_state must be \[3, 3, 3, 768\], not \[3, 2, 3, 768\]"),
         (12, lambda t: t.double(), "ssm_state must be Float, BFloat16 or Half"),
         (20, lambda _: "fp8", "activations must be a16 or a8 on a CPU, not fp8"),
@@ -306,7 +311,10 @@ def test_stacks_are_the_models_tensors():
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert all(parameters[name] is p for name, p in model.named_parameters())
     storages = {t.untyped_storage().data_ptr() for t in model.backbone.layers.state_dict().values()}
-    assert storages == {s.untyped_storage().data_ptr() for s in decoder.stacks.values()}
+    held = [*decoder.stacks.values(), *(t for tensors in decoder.lists.values() for t in tensors)]
+    assert storages == {t.untyped_storage().data_ptr() for t in held}
+    projections = [model.backbone.layers[i].mixer.in_proj.weight for i in range(3)]
+    assert all(a is b for a, b in zip(decoder.lists["in_codes"], projections, strict=True))  # no copy
     model(torch.tensor([[1, 2]])).logits.sum().backward()  # trainable still
     assert model.backbone.layers[2].mixer.D.grad is not None
 
@@ -342,14 +350,14 @@ def test_refresh_sees_replaced_and_changed_tensors():
         assert torch.equal(decoder(tokens, caches[0]), fresh(tokens, caches[1]))
 
     decoder = Decoder(model)
-    stack = decoder.stacks["in_codes"]
+    stack, codes = decoder.stacks["norm"], decoder.lists["in_codes"][0]
     with torch.no_grad():
         model.backbone.layers[1].mixer.A_log.add_(0.5)  # in place
         check()
-        assert decoder.stacks["in_codes"] is stack
+        assert decoder.stacks["norm"] is stack
         model.to(BF16)  # every tensor
         check()
-        model.backbone.layers[0].mixer.in_proj.weight = torch.zeros_like(stack[0])  # one tensor
+        model.backbone.layers[0].mixer.in_proj.weight = torch.zeros_like(codes)  # one tensor
         check()
         other = build(TernaryConfig(group_size="row"), BF16).backbone.layers[0].mixer.in_proj
         for block in model.backbone.layers:

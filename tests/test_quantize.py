@@ -133,6 +133,15 @@ def test_quantize_takes_views_and_any_number_of_threads(device):
     torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("size", [1, 255, 256, 257, 40_000])
+def test_first_invalid(size):
+    codes = torch.tensor([0b11010011, 0b01110001], dtype=torch.uint8).repeat(size)[:size]
+    assert ops.first_invalid(codes) == reference.first_invalid(codes) == -1
+    for place in sorted({4 * size - 1, 4 * (size // 2) + 2, 1, 0}, reverse=True):
+        codes[place // 4] = codes[place // 4] & ~(3 << place % 4 * 2) | 2 << place % 4 * 2
+        assert ops.first_invalid(codes) == reference.first_invalid(codes) == place
+
+
 @given(arrays(np.uint8, st.tuples(st.integers(0, 5), st.integers(1, 70))))
 @settings(deadline=None)
 def test_unpack_and_pack_match_reference(codes):

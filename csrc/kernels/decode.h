@@ -10,6 +10,12 @@ struct CUstream_st;
 
 namespace ternary {
 
+// The projections of one layer, wherever they lie.
+struct DecodeLayer {
+  const uint8_t *in_codes, *out_codes;
+  const void *in_scales, *out_scales;
+};
+
 // L layers, b sequences, d = d_model, e = d_inner, h heads, n state size, c = e + 2 n channels of the
 // convolution, r = e + c + h rows of in_proj: z, x, B, C, dt.
 struct DecodeArgs {
@@ -17,7 +23,7 @@ struct DecodeArgs {
   const void* embedding;        // [vocab, d], of `type`, or int8 where it has scales
   const void* embedding_scale;  // [vocab] of scale_type, or null
   const void* norm;             // [L, d]
-  const uint8_t* in_codes;      // [L, r, d / 4], see codes.h
+  const uint8_t* in_codes;      // [L, r, d / 4], see codes.h; on a CPU, where layers lie apart, of the first
   const void* in_scales;        // [L, r, d / in_group], or [L] where in_one_scale
   const void* conv_weight;      // [L, c, 4]
   const void* conv_bias;        // [L, c] or null
@@ -29,6 +35,7 @@ struct DecodeArgs {
   const void* gate_norm;        // [L, e]
   const uint8_t* out_codes;     // [L, d, e / 4]
   const void* out_scales;       // [L, d, e / out_group], or [L] where out_one_scale
+  const DecodeLayer* layer;     // [L], for the CPU
   float* hidden;                // [tokens, d]: x after the last layer
   void* workspace;              // zeros at first, the kernel's own from then on; or the plan's buffers
   DType type;                   // of norms, convolution and its state: f16 or bf16

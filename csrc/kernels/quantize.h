@@ -43,6 +43,11 @@ struct UnpackArgs {
   int64_t n, k;
 };
 
+struct FirstInvalidArgs {
+  const uint8_t* codes;  // [bytes]
+  int64_t* first;        // the first weight whose code is invalid, or what it was
+};
+
 struct DequantizeArgs {
   const uint8_t* codes;  // [n, k / 4]
   const void* scales;    // [n, k / group], or [1] where one_scale
@@ -59,6 +64,7 @@ void absolute_sums_cpu(const QuantizeArgs& args, int64_t begin, int64_t end);
 void quantize_cpu(const QuantizeArgs& args, int64_t begin, int64_t end);
 void pack_cpu(const PackArgs& args, int64_t begin, int64_t end);
 void unpack_cpu(const UnpackArgs& args, int64_t begin, int64_t end);
+void first_invalid_cpu(const FirstInvalidArgs& args, int64_t begin, int64_t end);  // bytes
 void dequantize_cpu(const DequantizeArgs& args, int64_t begin, int64_t end);
 
 // Each returns a cudaError_t.

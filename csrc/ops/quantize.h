@@ -129,6 +129,15 @@ Tensor unpack(const Tensor& codes) {
   return ternary;
 }
 
+template <void (*run)(const FirstInvalidArgs&, const Tensor& codes)>
+int64_t first_invalid(const Tensor& codes) {
+  check_type(codes, ScalarType::Byte, "codes");
+  check_contiguous(codes, "codes");
+  int64_t first = kNothingRefused;
+  run({.codes = codes.const_data_ptr<uint8_t>(), .first = &first}, codes);
+  return first == kNothingRefused ? -1 : first;
+}
+
 template <void (*run)(const DequantizeArgs&, const Tensor& codes)>
 Tensor dequantize(const Tensor& codes, const Tensor& scales, ScalarType dtype) {
   const DType weight_type = float_type(dtype, "dtype");

@@ -36,6 +36,10 @@ static void run_rows(const Args& args, const Tensor&) {
   parallel(kernel, args, args.n, args.k);
 }
 
+static void run_first_invalid(const FirstInvalidArgs& args, const Tensor& codes) {
+  parallel(first_invalid_cpu, args, codes.numel(), 1);
+}
+
 // The kernel of the activations asked for; items to its work items.
 static auto* kernel_of(const GemmArgs& args, int64_t& items) {
   const GemmTiles tiles = gemm_tiles(args);
@@ -123,13 +127,12 @@ static void decode_layers(const DecodeArgs& a, DecodeBuffers& buffers, Member& m
                         .type = a.type,
                         .dim = d,
                         .eps = a.eps};
-  // to [b, columns] = from [b, k] times the weight of a layer [columns, k].
+  // to [b, columns] = from [b, k] times a weight [columns, k].
   const auto project = [&](const void* from, void* to, const uint8_t* codes, const void* scales,
-                           int64_t layer, int64_t columns, int64_t k, int64_t group, bool one_scale) {
-    const int64_t scales_of_layer = one_scale ? 1 : columns * (k / group);
+                           int64_t columns, int64_t k, int64_t group, bool one_scale) {
     const GemmArgs gemm{.x = from,
-                        .codes = codes + layer * columns * (k / kWeightsPerByte),
-                        .scales = at(scales, a.scale_type, layer * scales_of_layer),
+                        .codes = codes,
+                        .scales = scales,
                         .bias = nullptr,
                         .y = to,
                         .type = a.type,
@@ -147,13 +150,14 @@ static void decode_layers(const DecodeArgs& a, DecodeBuffers& buffers, Member& m
   };
   member.run(embed_cpu, embed, b);
   for (int64_t i = 0; i < a.layers; ++i) {
+    const DecodeLayer& layer = a.layer[i];
     residual.weight = at(a.norm, a.type, i * d);
     member.lead([&] {  // short enough for one thread; the sum as in the layers, to the last bit
       add_residual_cpu(residual, 0, b);
       torch::stable::sum_out(buffers.sums, buffers.squares, std::vector<int64_t>{1});
       norm_residual_cpu(residual, 0, b);
     });
-    project(u, zxBCdt, a.in_codes, a.in_scales, i, r, d, a.in_group, a.in_one_scale);
+    project(u, zxBCdt, layer.in_codes, layer.in_scales, r, d, a.in_group, a.in_one_scale);
     void* const conv_state = at(a.conv_state, a.type, i * b * 3 * c);
     const CausalConv1dArgs conv{.x = at(zxBCdt, a.type, e),
                                 .weight = at(a.conv_weight, a.type, i * c * 4),
@@ -217,7 +221,7 @@ static void decode_layers(const DecodeArgs& a, DecodeBuffers& buffers, Member& m
                                 .eps = a.eps,
                                 .norm_before_gate = false};
     member.run(rms_norm_gated_cpu, gate, b);
-    project(y, u, a.out_codes, a.out_scales, i, d, e, a.out_group, a.out_one_scale);
+    project(y, u, layer.out_codes, layer.out_scales, d, e, a.out_group, a.out_one_scale);
   }
   member.run(add_residual_cpu, residual, b);
 }
@@ -254,6 +258,7 @@ STABLE_TORCH_LIBRARY_IMPL(ternary, CPU, m) {
   m.impl("fake_quantize", TORCH_BOX(&fake_quantize<run_quantize>));
   m.impl("pack", TORCH_BOX((&pack<run_rows<PackArgs, pack_cpu>>)));
   m.impl("unpack", TORCH_BOX((&unpack<run_rows<UnpackArgs, unpack_cpu>>)));
+  m.impl("first_invalid", TORCH_BOX(&first_invalid<run_first_invalid>));
   m.impl("dequantize", TORCH_BOX((&dequantize<run_rows<DequantizeArgs, dequantize_cpu>>)));
   m.impl("gemm", TORCH_BOX((&gemm<run_gemm, false>)));
   m.impl("int8_linear", TORCH_BOX(&int8_linear<run_int8_linear>));

@@ -8,6 +8,7 @@ STABLE_TORCH_LIBRARY(ternary, m) {
   m.def("fake_quantize(Tensor latent, int group_size, ScalarType scale_dtype, ScalarType dtype) -> Tensor");
   m.def("pack(Tensor ternary) -> Tensor");
   m.def("unpack(Tensor codes) -> Tensor");
+  m.def("first_invalid(Tensor codes) -> int");
   m.def("dequantize(Tensor codes, Tensor scales, ScalarType dtype) -> Tensor");
   m.def("quantize_fp8(Tensor x) -> (Tensor q, Tensor scale)");
   m.def("gemm(Tensor x, Tensor codes, Tensor scales, Tensor? bias=None, str activations=\"a16\") -> Tensor");
@@ -50,16 +51,16 @@ STABLE_TORCH_LIBRARY(ternary, m) {
   m.def("add_rms_norm(Tensor x, Tensor(a!) residual, Tensor weight, float eps) -> Tensor");
 
   m.def(
-      "decode(Tensor tokens, Tensor embedding, Tensor? embedding_scale, Tensor norm, Tensor in_codes, "
-      "Tensor in_scales, Tensor conv_weight, Tensor? conv_bias, Tensor(a!) conv_state, Tensor dt_bias, "
-      "Tensor A, Tensor D, Tensor(b!) ssm_state, Tensor gate_norm, Tensor out_codes, Tensor out_scales, "
+      "decode(Tensor tokens, Tensor embedding, Tensor? embedding_scale, Tensor norm, Tensor[] in_codes, "
+      "Tensor[] in_scales, Tensor conv_weight, Tensor? conv_bias, Tensor(a!) conv_state, Tensor dt_bias, "
+      "Tensor A, Tensor D, Tensor(b!) ssm_state, Tensor gate_norm, Tensor[] out_codes, Tensor[] out_scales, "
       "Tensor(c!) workspace, float eps, float dt_min=0.0, float? dt_max=None, str activations=\"a16\") -> "
       "Tensor");
   m.def(
       "prefill(Tensor tokens, Tensor? cu_seqlens, Tensor embedding, Tensor? embedding_scale, Tensor norm, "
-      "Tensor in_codes, Tensor in_scales, Tensor conv_weight, Tensor? conv_bias, Tensor(a!) conv_state, "
-      "Tensor dt_bias, Tensor A, Tensor D, Tensor(b!) ssm_state, Tensor gate_norm, Tensor out_codes, "
-      "Tensor out_scales, float eps, float dt_min=0.0, float? dt_max=None, str activations=\"a16\") -> "
+      "Tensor[] in_codes, Tensor[] in_scales, Tensor conv_weight, Tensor? conv_bias, Tensor(a!) conv_state, "
+      "Tensor dt_bias, Tensor A, Tensor D, Tensor(b!) ssm_state, Tensor gate_norm, Tensor[] out_codes, "
+      "Tensor[] out_scales, float eps, float dt_min=0.0, float? dt_max=None, str activations=\"a16\") -> "
       "Tensor");
   m.def("choose(Tensor logits, int vocab_size, Tensor(a!) tokens, Tensor(b!) chosen, Tensor(c!) step) -> ()");
 }

@@ -30,6 +30,7 @@ _KINDS = {
     "out_codes": "mixer.out_proj.weight",
     "out_scales": "mixer.out_proj.weight_scale",
 }
+_LISTED = ("in_codes", "in_scales", "out_codes", "out_scales")  # the operator takes one tensor a layer
 _CAST = ("norm", "conv_weight", "conv_bias", "gate_norm")  # kinds of the activations' dtype
 
 
@@ -47,12 +48,14 @@ def decode_workspace(config: MambaConfig, batch: int, device: torch.device | str
 class Decoder:
     """decoder(tokens [b], cache) -> the residual stream behind the last layer, fp32 [b, d_model].
 
-    The layers' tensors become views of one stack a kind, so that no second copy stays in memory.
+    The layers' tensors become views of one stack a kind, so that no second copy stays in memory. On a CPU the
+    projections stay where they are, perhaps in a mapped file.
     """
 
     def __init__(self, model: MambaLM) -> None:
         self.config, self.backbone = model.config, model.backbone
         self.stacks: dict[str, Tensor] = {}
+        self.lists: dict[str, list[Tensor]] = {}  # of _LISTED
         self.workspaces: dict[int, Tensor] = {}  # by batch
         self._stack()
 
@@ -126,7 +129,7 @@ class Decoder:
 
     def _weights(self, cache: MambaCache) -> tuple[Tensor | None, ...]:
         """What both operators take."""
-        table, s = self.backbone.embeddings, self.stacks
+        table, s = self.backbone.embeddings, self.stacks | self.lists
         scale = table.weight_scale if isinstance(table, Int8Table) else None
         return (
             *(table.weight.detach(), scale, s["norm"], s["in_codes"], s["in_scales"]),
@@ -136,9 +139,13 @@ class Decoder:
 
     def _stack(self) -> None:
         self.stacks.clear()
+        in_place = _LISTED if self.backbone.norm_f.weight.is_cpu else ()
+        for kind in in_place:
+            self.lists[kind] = [_find(block, _KINDS[kind]) for block in self.backbone.layers]
         for kind, path in _KINDS.items():
-            if (stack := _stack(self.backbone.layers, path)) is not None:
+            if kind not in in_place and (stack := _stack(self.backbone.layers, path)) is not None:
                 self.stacks[kind] = stack
+        self.lists |= {kind: [*stack] for kind, stack in self.stacks.items() if kind in _LISTED}
         with torch.inference_mode(False):
             self.A = torch.empty_like(self.stacks["A_log"])
         self.watch = Watch(self.backbone.layers)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from . import checkpoints, generation, training
 from .config import MambaConfig, TernaryConfig
@@ -199,7 +200,7 @@ class MambaLM(nn.Module):
         Raises CheckpointError, which names the file or tensor, what was expected and what was found.
         """
         checkpoint = checkpoints.load(directory)
-        with checkpoints.reading(checkpoint.settings):  # sizes that do not fit together
+        with checkpoints.reading(checkpoint.settings), _Unfilled():  # sizes that do not fit together
             model = cls(checkpoint.config, checkpoint.ternary, "meta", dtype or checkpoint.dtype)
         checkpoints.assign(model, checkpoint, device)
         model.source = checkpoint.directory
@@ -218,6 +219,17 @@ class MambaLM(nn.Module):
         """
         source = self.source if copy_from is None else Path(copy_from)
         checkpoints.save(directory, self.config, self.ternary, self.state_dict(), source, max_shard_bytes)
+
+
+class _Unfilled(TorchFunctionMode):
+    """Computes no initial values: on `meta` torch would import its compiler for that, which takes 1 s."""
+
+    same_shape = frozenset("uniform_ kaiming_uniform_ normal_ log exp expm1 neg add div_".split())
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func.__name__ in self.same_shape:
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
 
 
 def _norm(config: MambaConfig, device, dtype) -> nn.Module:

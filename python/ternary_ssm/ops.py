@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import reference
 
-_OPERATORS = ("quantize", "pack", "unpack", "dequantize", "gemm", "int8_linear")
+_OPERATORS = ("quantize", "pack", "unpack", "first_invalid", "dequantize", "gemm", "int8_linear")
 _OPERATORS += ("causal_conv1d", "causal_conv1d_update")
 _OPERATORS += ("selective_scan", "selective_scan_fused", "selective_scan_update", "ssd", "ssd_update")
 _OPERATORS += ("rms_norm_gated", "add_rms_norm", "decode", "prefill", "choose", "fake_quantize")

@@ -103,6 +103,20 @@ void unpack(const UnpackArgs& a, int64_t begin, int64_t end) {
   for (int64_t i = begin * a.k; i < end * a.k; ++i) a.ternary[i] = static_cast<int8_t>(weight_at(a.codes, i));
 }
 
+void first_invalid(const FirstInvalidArgs& a, int64_t begin, int64_t end) {
+  const auto invalid = [&](int64_t i) -> uint8_t { return a.codes[i] & ~(a.codes[i] << 1) & 0xaa; };
+  for (int64_t i = begin; i < end; i += kRun) {
+    const int64_t last = least(i + kRun, end);
+    uint8_t found = 0;
+    for (int64_t j = i; j < last; ++j) found |= invalid(j);
+    if (!found) continue;
+    while (!invalid(i)) ++i;
+    int field = 0;
+    while (!(invalid(i) >> 2 * field & 2)) ++field;
+    return refuse(a.first, i * kWeightsPerByte + field);
+  }
+}
+
 void dequantize(const DequantizeArgs& a, int64_t begin, int64_t end) {
   const int64_t groups = a.k / a.group;
   for (int64_t group = begin * groups; group < end * groups; ++group) {

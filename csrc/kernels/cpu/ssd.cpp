@@ -7,6 +7,7 @@ namespace {
 
 constexpr int64_t kTile = 16;  // tokens a tile: at n = 128 their B and C are 16 KiB and stay in L1
 constexpr int64_t kRows = 4;   // rows of the state advanced together: each B and C loaded serves all of them
+constexpr int64_t kAhead = 1024;  // floats of the state: what the memory takes to answer, at its speed
 
 // Tokens of one head as floats. Rows are padded with zeros to whole vectors.
 struct Tile {
@@ -60,6 +61,7 @@ struct Tile {
         const Vec b = load(B + t * n + j), c = load(C + t * n + j);
         for (int r = 0; r < rows; ++r) {
           float* s = state + (row + r) * n + j;
+          if (rows == 1 && j % 16 == 0) __builtin_prefetch(s + kAhead, 1);
           const Vec next = decay[t] * load(s) + xdt[r] * b;
           store(s, next);
           out[r] += next * c;
@@ -96,7 +98,8 @@ void ssd(const SsdArgs& a, int64_t begin, int64_t end) {
       const int64_t tokens = last - t < kTile ? last - t : kTile;
       tile.load_tokens(a, head, t, tokens);
       int64_t row = 0;
-      for (; row + kRows <= a.head_dim; row += kRows) tile.advance<kRows>(state.data, row, tokens);
+      if (tokens > 1)  // else the state is all there is to read: as one stream
+        for (; row + kRows <= a.head_dim; row += kRows) tile.advance<kRows>(state.data, row, tokens);
       for (; row < a.head_dim; ++row) tile.advance<1>(state.data, row, tokens);
       tile.store_tokens(a, head, t, tokens);
     }

@@ -9,6 +9,7 @@ pairs X.weight, X.weight_scale in place of dense weights (docs/format.md).
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -155,8 +156,8 @@ def assign(model: nn.Module, checkpoint: Checkpoint, device: torch.device | str)
             raise CheckpointError(f"{where}: {name} is {tensor.dtype}, expected {want.dtype}")
         if want.dtype == torch.uint8:
             _check_codes(where, name, tensor)
-        if is_scale and not (good := (tensor >= 0) & tensor.isfinite()).all():
-            row = good.all(1).tolist().index(False)
+        if is_scale and not _in_range(tensor):
+            row = ((tensor >= 0) & tensor.isfinite()).all(1).tolist().index(False)
             raise CheckpointError(
                 f"{where}: {name} has {tensor[row].tolist()} in row {row}, expected finite scales from 0"
             )
@@ -164,14 +165,17 @@ def assign(model: nn.Module, checkpoint: Checkpoint, device: torch.device | str)
     model.load_state_dict(values, assign=True)
 
 
+def _in_range(scales: Tensor) -> bool:
+    low, high = scales.aminmax()
+    return low.item() >= 0 and high.item() < math.inf  # False for a NaN
+
+
 def _check_codes(where: Path, name: str, codes: Tensor) -> None:
     """Bits 10 of a field stand for nothing (docs/format.md): a high bit needs its low one."""
-    invalid = (codes & 0xAA) & ~((codes & 0x55) << 1)
-    if invalid.any():
-        row, byte = invalid.nonzero()[0].tolist()
-        field = next(i for i in range(4) if invalid[row, byte].item() >> 2 * i & 2)
+    if (first := torch.ops.ternary.first_invalid(codes)) >= 0:
+        row, column = divmod(first, 4 * codes.shape[1])
         raise CheckpointError(
-            f"{where}: {name} has the code 10 in row {row}, column {4 * byte + field}, expected 00, 01 or 11"
+            f"{where}: {name} has the code 10 in row {row}, column {column}, expected 00, 01 or 11"
         )
 
 

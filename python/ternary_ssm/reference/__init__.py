@@ -21,7 +21,17 @@ from .recurrences import (
     ssd,
     ssd_update,
 )
-from .weights import dequantize, fake_quantize, gemm, int8_linear, pack, quantize, quantize_fp8, unpack
+from .weights import (
+    dequantize,
+    fake_quantize,
+    first_invalid,
+    gemm,
+    int8_linear,
+    pack,
+    quantize,
+    quantize_fp8,
+    unpack,
+)
 
 __all__ = [
     "ReferenceMode",
@@ -33,6 +43,7 @@ __all__ = [
     "dequantize",
     "distillation",
     "fake_quantize",
+    "first_invalid",
     "gemm",
     "int8_linear",
     "pack",

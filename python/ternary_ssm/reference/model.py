@@ -61,8 +61,8 @@ def decode(
     embedding: Tensor,
     embedding_scale: Tensor | None,
     norm: Tensor,
-    in_codes: Tensor,
-    in_scales: Tensor,
+    in_codes: list[Tensor],
+    in_scales: list[Tensor],
     conv_weight: Tensor,
     conv_bias: Tensor | None,
     conv_state: Tensor,
@@ -71,8 +71,8 @@ def decode(
     D: Tensor,
     ssm_state: Tensor,
     gate_norm: Tensor,
-    out_codes: Tensor,
-    out_scales: Tensor,
+    out_codes: list[Tensor],
+    out_scales: list[Tensor],
     workspace: Tensor,
     eps: float,
     dt_min: float = 0.0,
@@ -83,9 +83,10 @@ def decode(
     """One token a sequence through every layer of a Mamba-2 model: the residual stream behind the last one.
 
     tokens int64 [b], embedding [v, d], or int8 with embedding_scale [v, 1]; then one slice a layer, L in all:
-    norm [L, d], in_codes [L, 2 (h p + n) + h, d / 4] for z, x, B, C, dt, conv_weight [L, c, w], dt_bias, A, D
-    [L, h], gate_norm [L, h p], out_codes [L, d, h p / 4], scales as in gemm; the states, updated in place,
-    conv_state [L, b, w - 1, c], ssm_state [L, b, h, p, n] -> x float32 [b, d]. In each layer
+    norm [L, d], in_codes L x [2 (h p + n) + h, d / 4] for z, x, B, C, dt, conv_weight [L, c, w], dt_bias,
+    A, D [L, h], gate_norm [L, h p], out_codes L x [d, h p / 4], scales as in gemm (these lists, on a GPU,
+    slices of one tensor each); the states, updated in place, conv_state [L, b, w - 1, c], ssm_state
+    [L, b, h, p, n] -> x float32 [b, d]. In each layer
     z, xBC, dt = gemm(RMSNorm(x), in);  y = ssd(silu(conv(xBC)), dt);  x <- x + gemm(RMSNorm(y silu(z)), out).
     Activations are rounded to norm's dtype; a kernel may keep them in float32. workspace is the kernel's own.
     activations: those of gemm. operators: where gemm, the updates and the gated norm come from, this module
@@ -113,8 +114,8 @@ def prefill(
     embedding: Tensor,
     embedding_scale: Tensor | None,
     norm: Tensor,
-    in_codes: Tensor,
-    in_scales: Tensor,
+    in_codes: list[Tensor],
+    in_scales: list[Tensor],
     conv_weight: Tensor,
     conv_bias: Tensor | None,
     conv_state: Tensor,
@@ -123,8 +124,8 @@ def prefill(
     D: Tensor,
     ssm_state: Tensor,
     gate_norm: Tensor,
-    out_codes: Tensor,
-    out_scales: Tensor,
+    out_codes: list[Tensor],
+    out_scales: list[Tensor],
     eps: float,
     dt_min: float = 0.0,
     dt_max: float | None = None,
@@ -166,11 +167,11 @@ def _layers(
     run: Any,
     x: Tensor,
     norm: Tensor,
-    in_codes: Tensor,
-    in_scales: Tensor,
+    in_codes: list[Tensor],
+    in_scales: list[Tensor],
     gate_norm: Tensor,
-    out_codes: Tensor,
-    out_scales: Tensor,
+    out_codes: list[Tensor],
+    out_scales: list[Tensor],
     d_inner: int,
     state_size: int,
     mix: Callable[[int, Tensor, Tensor], Tensor],

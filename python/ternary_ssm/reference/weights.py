@@ -45,6 +45,13 @@ def unpack(codes: Tensor) -> Tensor:
     return (fields & 1).to(torch.int8) * (1 - (fields & 2)).to(torch.int8)
 
 
+def first_invalid(codes: Tensor) -> int:
+    """The first weight, counted through the rows of codes, whose code is 10; -1 if there is none."""
+    shifts = torch.arange(0, 8, 2, device=codes.device)
+    found = ((codes.unsqueeze(-1).to(torch.int32) >> shifts & 3) == 2).flatten().nonzero()
+    return int(found[0]) if len(found) else -1
+
+
 def dequantize(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     """codes uint8 [n, k / 4], scales [n, groups] or [1, 1] -> weight [n, k] = ternary * scale."""
     grouped = unpack(codes).unflatten(1, (scales.shape[1], -1)) * scales.float().unsqueeze(-1)
