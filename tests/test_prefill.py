@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from ternary_ssm import MambaLM, TernaryConfig, reference
+import test_decode
+from ternary_ssm import MambaLM, TernaryConfig
 from ternary_ssm.decoder import Decoder
 from test_decode import BF16, F16, F32, build, copied, on_gpu
 
@@ -28,13 +29,7 @@ def arguments(model: MambaLM, *lengths: int, batch=0, state_dtype=F32) -> list:
 
 
 def check_against_the_reference(args: list) -> None:
-    ours, same, exact = copied(args), copied(args), copied(args, torch.float64)
-    y, y_same, y_exact = torch.ops.ternary.prefill(*ours), reference.prefill(*same), reference.prefill(*exact)
-    assert y.dtype == F32 and y.shape == y_same.shape
-    pairs = [(y, y_same, y_exact)] + [(ours[i], same[i], exact[i]) for i in STATES]
-    for got, torch_got, want in pairs:
-        epsilon = 4 * torch.finfo(got.dtype).eps * want.abs().max()
-        assert (got - want).norm() <= 2 * (torch_got - want).norm() + epsilon
+    test_decode.check_against_the_reference(args, "prefill", STATES, torch.norm)
 
 
 @pytest.mark.parametrize("dtype", [BF16, F16])

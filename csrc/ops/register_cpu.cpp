@@ -4,6 +4,7 @@
 
 #include "kernels/cpu/crew.h"
 #include "kernels/cpu/isa.h"
+#include "kernels/decode_layer.h"
 #include "ops/causal_conv1d.h"
 #include "ops/decode.h"
 #include "ops/gemm.h"
@@ -90,27 +91,23 @@ static void run_add_rms_norm(const AddRmsNormArgs& args, const Tensor&) {
   parallel(add_rms_norm_cpu, args, args.rows, args.dim);
 }
 
-// Element i of an array of `type`, or null of none. Void: void or const void.
-template <class Void>
-static Void* at(Void* data, DType type, int64_t i) {
-  using Byte = std::conditional_t<std::is_const_v<Void>, const char, char>;
-  return data ? static_cast<Byte*>(data) + i * (type == DType::f32 ? 4 : 2) : nullptr;
-}
-
 // What lies between the kernels of decode.
-struct DecodeBuffers {
+struct DecodeTensors {
   Tensor u, zxBCdt, xBC, y;  // [b, d]: what goes into a layer, what comes out; [b, r]; [b, c]; [b, e]
   Tensor squares, sums;      // [b, d], [b], of fp32
 };
 
 // One kernel after another, each of which gives what its operator gives.
-static void decode_layers(const DecodeArgs& a, DecodeBuffers& buffers, Member& member) {
-  const int64_t b = a.batch, d = a.d_model, h = a.heads, p = a.head_dim, n = a.state_size;
-  const int64_t e = h * p, c = e + 2 * n, r = e + c + h;
-  void* const u = buffers.u.mutable_data_ptr();
-  void* const zxBCdt = buffers.zxBCdt.mutable_data_ptr();
-  void* const xBC = buffers.xBC.mutable_data_ptr();
-  void* const y = buffers.y.mutable_data_ptr();
+static void decode_layers(const DecodeArgs& a, DecodeTensors& tensors, Member& member) {
+  const int64_t b = a.batch, d = a.d_model, e = int64_t{a.heads} * a.head_dim;
+  const int64_t c = e + 2 * a.state_size, r = e + c + a.heads;
+  void* const u = tensors.u.mutable_data_ptr();
+  const DecodeBuffers buffers{.e = e,
+                              .c = c,
+                              .r = r,
+                              .zxBCdt = tensors.zxBCdt.mutable_data_ptr(),
+                              .xBC = tensors.xBC.mutable_data_ptr(),
+                              .y = tensors.y.mutable_data_ptr()};
 
   const EmbedArgs embed{.tokens = a.tokens,
                         .table = a.embedding,
@@ -121,8 +118,8 @@ static void decode_layers(const DecodeArgs& a, DecodeBuffers& buffers, Member& m
                         .dim = d};
   ResidualArgs residual{.x = a.hidden,
                         .u = u,
-                        .squares = buffers.squares.mutable_data_ptr<float>(),
-                        .sums = buffers.sums.const_data_ptr<float>(),
+                        .squares = tensors.squares.mutable_data_ptr<float>(),
+                        .sums = tensors.sums.const_data_ptr<float>(),
                         .weight = nullptr,
                         .type = a.type,
                         .dim = d,
@@ -154,74 +151,15 @@ static void decode_layers(const DecodeArgs& a, DecodeBuffers& buffers, Member& m
     residual.weight = at(a.norm, a.type, i * d);
     member.lead([&] {  // short enough for one thread; the sum as in the layers, to the last bit
       add_residual_cpu(residual, 0, b);
-      torch::stable::sum_out(buffers.sums, buffers.squares, std::vector<int64_t>{1});
+      torch::stable::sum_out(tensors.sums, tensors.squares, std::vector<int64_t>{1});
       norm_residual_cpu(residual, 0, b);
     });
-    project(u, zxBCdt, layer.in_codes, layer.in_scales, r, d, a.in_group, a.in_one_scale);
-    void* const conv_state = at(a.conv_state, a.type, i * b * 3 * c);
-    const CausalConv1dArgs conv{.x = at(zxBCdt, a.type, e),
-                                .weight = at(a.conv_weight, a.type, i * c * 4),
-                                .bias = at(a.conv_bias, a.type, i * c),
-                                .initial_state = conv_state,
-                                .cu_seqlens = nullptr,
-                                .y = xBC,
-                                .final_state = conv_state,
-                                .type = a.type,
-                                .weight_type = a.type,
-                                .state_type = a.type,
-                                .x_stride = r,
-                                .sequences = b,
-                                .length = 1,
-                                .channels = c,
-                                .width = 4,
-                                .silu = true};
+    project(u, buffers.zxBCdt, layer.in_codes, layer.in_scales, r, d, a.in_group, a.in_one_scale);
+    const CausalConv1dArgs conv = conv_of(a, buffers, i);
     member.run(causal_conv1d_cpu, conv, items(conv));
-    void* const ssm_state = at(a.ssm_state, a.state_type, i * b * e * n);
-    const SsdArgs ssd{.x = xBC,
-                      .dt = at(zxBCdt, a.type, e + c),
-                      .A = a.A + i * h,
-                      .B = at(xBC, a.type, e),
-                      .C = at(xBC, a.type, e + n),
-                      .D = a.D + i * h,
-                      .z = nullptr,
-                      .dt_bias = a.dt_bias + i * h,
-                      .initial_state = ssm_state,
-                      .cu_seqlens = nullptr,
-                      .y = y,
-                      .final_state = ssm_state,
-                      .type = a.type,
-                      .state_type = a.state_type,
-                      .x_stride = c,
-                      .dt_stride = r,
-                      .B_stride = c,
-                      .C_stride = c,
-                      .z_stride = 0,
-                      .sequences = b,
-                      .length = 1,
-                      .heads = h,
-                      .head_dim = p,
-                      .groups = 1,
-                      .state_size = n,
-                      .D_size = 1,
-                      .dt_min = a.dt_min,
-                      .dt_max = a.dt_max,
-                      .dt_softplus = true};
-    member.run(ssd_cpu, ssd, b * h);
-    const RmsNormGatedArgs gate{.y = y,
-                                .z = zxBCdt,
-                                .weight = at(a.gate_norm, a.type, i * e),
-                                .out = y,  // a row is read before it is written
-                                .type = a.type,
-                                .weight_type = a.type,
-                                .y_stride = e,
-                                .z_stride = r,
-                                .rows = b,
-                                .dim = e,
-                                .groups = 1,
-                                .eps = a.eps,
-                                .norm_before_gate = false};
-    member.run(rms_norm_gated_cpu, gate, b);
-    project(y, u, layer.out_codes, layer.out_scales, d, e, a.out_group, a.out_one_scale);
+    member.run(ssd_cpu, ssd_of(a, buffers, i), b * a.heads);
+    member.run(rms_norm_gated_cpu, gated_norm_of(a, buffers, i), b);
+    project(buffers.y, u, layer.out_codes, layer.out_scales, d, e, a.out_group, a.out_one_scale);
   }
   member.run(add_residual_cpu, residual, b);
 }
@@ -236,7 +174,7 @@ static void run_decode(const DecodeArgs& a, const Tensor& workspace) {
   const auto rows = [&](int64_t columns) {
     return torch::stable::new_empty(workspace, {b, columns}, ScalarType::Float);  // room for any type
   };
-  DecodeBuffers buffers{rows(d), rows(e + c + a.heads),
+  DecodeTensors tensors{rows(d), rows(e + c + a.heads),
                         rows(c), rows(e),
                         rows(d), torch::stable::new_empty(workspace, {b}, ScalarType::Float)};
   std::fill_n(a.hidden, b * d, 0.0f);
@@ -245,7 +183,7 @@ static void run_decode(const DecodeArgs& a, const Tensor& workspace) {
   const int64_t threads = torch::stable::get_num_threads();
   torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t) {
     Member member(crew, threads, begin == 0);
-    decode_layers(a, buffers, member);
+    decode_layers(a, tensors, member);
   });
   if (crew.error) std::rethrow_exception(crew.error);
 }

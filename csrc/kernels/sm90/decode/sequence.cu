@@ -3,23 +3,14 @@
 #include <algorithm>
 #include <type_traits>
 
-#include "kernels/causal_conv1d.h"
+#include "kernels/decode_layer.h"
 #include "kernels/gemm.h"
-#include "kernels/norm.h"
 #include "kernels/sm90/common/launch.cuh"
 #include "kernels/sm90/decode/sequence.cuh"
 #include "kernels/sm90/decode/sequence.h"
 #include "kernels/sm90/gemm/select.h"
-#include "kernels/ssd.h"
 
 namespace ternary::sm90 {
-
-// Element i of an array of `type`, or null of none. Void: void or const void.
-template <class Void>
-static Void* at(Void* data, DType type, int64_t i) {
-  using Byte = std::conditional_t<std::is_const_v<Void>, const char, char>;
-  return data ? static_cast<Byte*>(data) + i * size_of(type) : nullptr;
-}
 
 // Calls f with a value of the type of 16 bits.
 template <class Function>
@@ -99,7 +90,8 @@ class SequenceOfLaunches {
     const auto run = [&error](int result) { return (error = result) == cudaSuccess; };
     for (int64_t i = 0; i < a_.layers; ++i)
       if (!run(norm(i)) || !run(project(in_, in_plan_, zxBCdt_[i % 2], i)) ||
-          !run(fused_ ? token(i) : conv_and_ssd(i)) || !run(parts_ ? cudaSuccess : gated_norm(i)) ||
+          !run(fused_ ? token(i) : conv_and_ssd(i)) ||
+          !run(parts_ ? cudaSuccess : rms_norm_gated_sm90(gated_norm_of(a_, buffers(i), i), stream_)) ||
           !run(project(out_, out_plan_, out_.y, i)))
         return error;
     return norm(a_.layers);
@@ -114,18 +106,11 @@ class SequenceOfLaunches {
   // Room for [tokens, columns] of 16 bits.
   void* take(int64_t columns) { return take_bytes(a_.rows() * columns * 2); }
 
-  void* conv_state(int64_t layer) const {
-    return at(a_.conv_state, a_.type, layer * a_.batch * (Sequence::kConvWidth - 1) * c_);
-  }
-  void* ssm_state(int64_t layer) const {
-    return at(a_.ssm_state, a_.state_type, layer * a_.batch * e_ * a_.state_size);
-  }
-
   // Of layer i, where there is one and no other kernel does it.
   ShiftArgs shift(int64_t i) const {
     if (i < 0 || !fused_) return {};
     return {.inputs = at(zxBCdt_[i % 2], a_.type, 2 * e_),
-            .state = at(conv_state(i), a_.type, e_),
+            .state = at(conv_state_of(a_, buffers(i), i), a_.type, e_),
             .stride = r_,
             .channels = c_};
   }
@@ -168,11 +153,11 @@ class SequenceOfLaunches {
     const TokenArgs token{.zxBCdt = zxBCdt_[i % 2],
                           .conv_weight = at(a_.conv_weight, a_.type, i * c_ * Sequence::kConvWidth),
                           .conv_bias = at(a_.conv_bias, a_.type, i * c_),
-                          .conv_state = conv_state(i),
+                          .conv_state = conv_state_of(a_, buffers(i), i),
                           .dt_bias = a_.dt_bias + i * a_.heads,
                           .A = a_.A + i * a_.heads,
                           .D = a_.D + i * a_.heads,
-                          .states = ssm_state(i),
+                          .states = ssm_state_of(a_, buffers(i), i),
                           .gate_norm = parts_ ? at(a_.gate_norm, a_.type, i * e_) : nullptr,
                           .y = y_,
                           .squares = squares_,
@@ -192,23 +177,7 @@ class SequenceOfLaunches {
 
   // Of prefill, and of steps with other sizes of the state.
   int conv_and_ssd(int64_t i) const {
-    void* const state = conv_state(i);
-    const CausalConv1dArgs conv{.x = at(zxBCdt_[i % 2], a_.type, e_),
-                                .weight = at(a_.conv_weight, a_.type, i * c_ * Sequence::kConvWidth),
-                                .bias = at(a_.conv_bias, a_.type, i * c_),
-                                .initial_state = a_.prefill ? nullptr : state,
-                                .cu_seqlens = a_.cu_seqlens,
-                                .y = xBC_,
-                                .final_state = state,
-                                .type = a_.type,
-                                .weight_type = a_.type,
-                                .state_type = a_.type,
-                                .x_stride = r_,
-                                .sequences = a_.batch,
-                                .length = a_.length,
-                                .channels = c_,
-                                .width = Sequence::kConvWidth,
-                                .silu = true};
+    const CausalConv1dArgs conv = conv_of(a_, buffers(i), i);
     const int error =
         a_.prefill ? causal_conv1d_sm90(conv, stream_) : causal_conv1d_update_sm90(conv, stream_);
     if (error != cudaSuccess) return error;
@@ -218,58 +187,17 @@ class SequenceOfLaunches {
 
   // gates: y leaves gated.
   SsdArgs ssd(int64_t i, bool gates) const {
-    void* const state = ssm_state(i);
-    return {.x = xBC_,
-            .dt = at(zxBCdt_[i % 2], a_.type, e_ + c_),
-            .A = a_.A + i * a_.heads,
-            .B = at(xBC_, a_.type, e_),
-            .C = at(xBC_, a_.type, e_ + a_.state_size),
-            .D = a_.D + i * a_.heads,
-            .z = gates ? zxBCdt_[i % 2] : nullptr,
-            .dt_bias = a_.dt_bias + i * a_.heads,
-            .initial_state = a_.prefill ? nullptr : state,
-            .cu_seqlens = a_.cu_seqlens,
-            .y = y_,
-            .final_state = state,
-            .type = a_.type,
-            .state_type = a_.state_type,
-            .x_stride = c_,
-            .dt_stride = r_,
-            .B_stride = c_,
-            .C_stride = c_,
-            .z_stride = r_,
-            .sequences = a_.batch,
-            .length = a_.length,
-            .heads = a_.heads,
-            .head_dim = a_.head_dim,
-            .groups = 1,
-            .state_size = a_.state_size,
-            .D_size = 1,
-            .dt_min = a_.dt_min,
-            .dt_max = a_.dt_max,
-            .dt_softplus = true,
-            .workspace = ssd_workspace_,
-            .gate_norm = gates ? at(a_.gate_norm, a_.type, i * e_) : nullptr,
-            .squares = squares_};
+    SsdArgs args = ssd_of(a_, buffers(i), i);
+    args.workspace = ssd_workspace_;
+    if (gates) {
+      args.z = zxBCdt_[i % 2];
+      args.gate_norm = at(a_.gate_norm, a_.type, i * e_);
+      args.squares = squares_;
+    }
+    return args;
   }
 
-  // In place: a thread reads what it writes before it does.
-  int gated_norm(int64_t i) const {
-    return rms_norm_gated_sm90({.y = y_,
-                                .z = zxBCdt_[i % 2],
-                                .weight = at(a_.gate_norm, a_.type, i * e_),
-                                .out = y_,
-                                .type = a_.type,
-                                .weight_type = a_.type,
-                                .y_stride = e_,
-                                .z_stride = r_,
-                                .rows = a_.rows(),
-                                .dim = e_,
-                                .groups = 1,
-                                .eps = a_.eps,
-                                .norm_before_gate = false},
-                               stream_);
-  }
+  DecodeBuffers buffers(int64_t i) const { return {e_, c_, r_, zxBCdt_[i % 2], xBC_, y_}; }
 
   const DecodeArgs& a_;
   int64_t bytes_ = 0;        // taken
