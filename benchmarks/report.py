@@ -227,16 +227,21 @@ def proof(records: list[dict]) -> str:
     return table(("", ""), rows)
 
 
-TABLES = {"ops": (OPS, ops), "decode": (MODEL, decode), "prefill": (MODEL, prefill), "scan": (SCAN, scan)}
-TABLES |= {f"cpu_{name}": (RESULTS / f"cpu_model_{name}.json", rates) for name in ("a16", "a8")}
-TABLES |= {"cpu_load": (RESULTS / "cpu_load.json", loading)}
-TABLES |= {"training": (TRAINING, training), "states": (RESULTS / "h200_states.json", states)}
-TABLES |= {
-    "training_gpus": (TRAINING.with_stem("h200x2_training"), training),
+TABLES = {
+    "ops": (OPS, ops),
+    "decode": (MODEL, decode),
+    "prefill": (MODEL, prefill),
+    "scan": (SCAN, scan),
+    "states": (RESULTS / "h200_states.json", states),
+    "cpu_a16": (RESULTS / "cpu_model_a16.json", rates),
+    "cpu_a8": (RESULTS / "cpu_model_a8.json", rates),
+    "cpu_load": (RESULTS / "cpu_load.json", loading),
+    "training": (TRAINING, training),
+    "training_bf16": (RESULTS / "h200_training_bf16.json", training),
+    "training_gpus": (RESULTS / "h200x2_training.json", training),
     "study": (STUDY, study),
     "proof": (PROOF, proof),
 }
-TABLES |= {"training_bf16": (TRAINING.with_stem("h200_training_bf16"), training)}
 
 
 def with_tables(text: str, tables: dict[str, tuple[Path, Callable[[list[dict]], str]]] = TABLES) -> str:

@@ -108,7 +108,9 @@ def ceilings(device: str) -> tuple[float, float]:
     return size / best(data.amax), 2 * n**3 / best(lambda: a @ b)
 
 
-def header(device: str, bandwidth: float, peak: float) -> dict[str, Any]:
+def header(device: str, **measured: float) -> dict[str, Any]:
+    """When, where and of which commit figures are, and what else was measured of the device."""
+
     def output(*command: str) -> str:
         try:
             return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
@@ -122,9 +124,7 @@ def header(device: str, bandwidth: float, peak: float) -> dict[str, Any]:
         "ternary_ssm": ternary_ssm.__version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "read_bytes_per_s": bandwidth,
-        "product_flops_per_s": peak,
-    }
+    } | measured
     if device == "cuda":
         query = "--query-gpu=driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.limit"
         clocks = output("nvidia-smi", query, "--format=csv,noheader")
@@ -141,7 +141,7 @@ def header(device: str, bandwidth: float, peak: float) -> dict[str, Any]:
 def begin(args: argparse.Namespace) -> tuple[dict[str, Any], tuple[float, float]]:
     """The header of a run, which is printed, and the device's ceilings."""
     limits = ceilings(args.device)
-    head = header(args.device, *limits)
+    head = header(args.device, read_bytes_per_s=limits[0], product_flops_per_s=limits[1])
     print(f"{head['device']}: reads {limits[0] / 1e12:.2f} TB/s, multiplies {limits[1] / 1e12:.1f} TFLOP/s")
     return head, limits
 

@@ -129,12 +129,12 @@ class Decoder:
 
     def _weights(self, cache: MambaCache) -> tuple[Tensor | None, ...]:
         """What both operators take."""
-        table, s = self.backbone.embeddings, self.stacks | self.lists
+        table, s, listed = self.backbone.embeddings, self.stacks, self.lists
         scale = table.weight_scale if isinstance(table, Int8Table) else None
         return (
-            *(table.weight.detach(), scale, s["norm"], s["in_codes"], s["in_scales"]),
+            *(table.weight.detach(), scale, s["norm"], listed["in_codes"], listed["in_scales"]),
             *(s["conv_weight"].squeeze(2), s.get("conv_bias"), cache.conv, s["dt_bias"], self.A, s["D"]),
-            *(cache.ssm, s["gate_norm"], s["out_codes"], s["out_scales"]),
+            *(cache.ssm, s["gate_norm"], listed["out_codes"], listed["out_scales"]),
         )
 
     def _stack(self) -> None:

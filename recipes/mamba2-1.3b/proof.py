@@ -9,7 +9,6 @@ twice, before the kill and after it, should agree.
 """
 
 import argparse
-import datetime
 import json
 import random
 import shutil
@@ -24,6 +23,9 @@ import numpy as np
 import torch
 
 from ternary_ssm import MambaConfig, MambaLM, runs
+
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
+import timing
 
 VOCAB = 50277
 
@@ -96,13 +98,7 @@ def main() -> None:
 
     args.work.mkdir(parents=True)
     run, seconds, start = args.work / "run", {}, time.perf_counter()
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
-    header = {
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "commit": subprocess.run(command, capture_output=True, text=True).stdout.strip(),
-        "device": torch.cuda.get_device_name() if args.device == "cuda" else "cpu",
-        "torch": torch.__version__,
-    }
+    header = timing.header(args.device)
     report = {"parameters": make_teacher(args)}
     report |= {name: getattr(args, name) for name in ("steps", "batch_size", "length")}
 

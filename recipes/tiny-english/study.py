@@ -13,12 +13,11 @@ also .xz. --jobs: runs at a time, each a process; on a GPU each waits more for P
 """
 
 import argparse
-import datetime
 import json
 import lzma
 import math
 import os
-import subprocess
+import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -40,8 +39,11 @@ from ternary_ssm.distill import DistillConfig, Distiller, DistillError
 from ternary_ssm.evaluate import nats_per_token
 from ternary_ssm.surgery import quantized_layers
 
-os.environ.setdefault("TRITON_CACHE_AUTOTUNING", "1")  # what one process has tuned, the others need not
 ROOT = Path(__file__).parents[2]
+sys.path.append(str(ROOT / "benchmarks"))
+import timing  # noqa: E402
+
+os.environ.setdefault("TRITON_CACHE_AUTOTUNING", "1")  # what one process has tuned, the others need not
 KL_WEIGHTS = (0.0, 1.0, 0.5)  # text alone, teacher alone, both
 LEARNING_RATE = 1e-3
 CURVE_POINTS = 60
@@ -193,17 +195,10 @@ def result(run: Run) -> dict[str, Any]:
 
 def begin(args: argparse.Namespace) -> dict[str, Any]:
     """The contents of args.out, with no records if there is no such file."""
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
-    head = {
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "commit": subprocess.run(command, capture_output=True, text=True).stdout.strip(),
-        "torch": torch.__version__,
-        "device": torch.cuda.get_device_name() if args.device == "cuda" else "cpu",
-    }
     settings = {k: getattr(args, k) for k in ("tokens", "sequence_length", "batch_size")}
     settings["learning_rate"] = LEARNING_RATE
     if not args.out.exists():
-        return {"header": head, "settings": settings, "records": []}
+        return {"header": timing.header(args.device), "settings": settings, "records": []}
     data = json.loads(args.out.read_text())
     if data["settings"] != settings:
         raise SystemExit(f"{args.out} is of a study with {data['settings']}, this one has {settings}")

@@ -1,6 +1,6 @@
-// A block has a row, or its part of one group. Where the part has at most 6144 elements, a thread has one run
-// of 8, or of 16, that stays in its registers; longer ones, and those that cannot be read 16 bytes at a time,
-// are read twice.
+// A block has a row, or its part of one group. A thread has one run of 8 or 16 elements that stays in its
+// registers, up to 6144 elements a part (3072 in rms_norm_gated by runs of 8); longer parts, and those that
+// cannot be read 16 bytes at a time, are read twice.
 #include <algorithm>
 #include <initializer_list>
 

@@ -3,6 +3,7 @@
 
 #include "kernels/sm90/common/wgmma.cuh"
 #include "kernels/sm90/ssd/chunk.cuh"
+#include "kernels/sm90/ssd/mask.cuh"
 
 namespace ternary::sm90 {
 
@@ -205,12 +206,13 @@ class UnitWorker {
     start_products(y, s.C, smem.state[number]);
     weigh(frag_x);
     advance_state(frag_x);
-    const Mask mask = load_mask();  // before the wait: nothing of it depends on the scores
+    const Mask<Element> mask(smem.decays[stage][number], warp,
+                             lane);  // before the wait: nothing of it depends on the scores
     const float2 decays = {exp2_approximate(mask.logs.x), exp2_approximate(mask.logs.y)};
 
     wait_for_products<2>();
     keep(scores);
-    mask_scores(frag_m, scores, mask);
+    mask.apply(frag_m, scores, skip);
     wait_for_products<1>();
     keep(y);
 #pragma unroll
@@ -268,68 +270,6 @@ class UnitWorker {
       const float2 weight = smem.decays[stage][number].weights[i / 2 * 4 + lane % 4];
       const float2 value = widen_pair<Element>(frag[i / 4][i % 4]);
       frag[i / 4][i % 4] = pack_floats<Element>(value.x * weight.x, value.y * weight.y);
-    }
-  }
-
-  // The decays that take scores to M. Of the 16 rows of a warp, those from tokens before them are taken to
-  // their start and on to the row; those of the 16 tokens themselves straight.
-  struct Mask {
-    float2 logs;       // log2 of the decays through the tokens of the lane's two rows
-    float2 onward;     // from the start of the 16 to these
-    float2 before[6];  // to the start, with dt: of the lane's two tokens of every eight before
-    float4 own[2];     // of its tokens among the 16: log2 of the decays through them, dt
-  };
-
-  __device__ Mask load_mask() const {
-    const ChunkDecays& decays = smem.decays[stage][number];
-    const auto* logs = reinterpret_cast<const float*>(decays.tokens);
-    const int row = row_of(0), at = row / 2 * 4 + row % 2;
-    Mask mask;
-    mask.logs = {logs[at], logs[at + 16]};
-    const float start = warp == 0 ? 0.0f : decays.tokens[8 * warp - 1].y;
-#pragma unroll
-    for (int i = 0; i < 6; ++i) mask.before[i] = decays.across[max(warp - 1, 0)][4 * i + lane % 4];
-#pragma unroll
-    for (int i = 0; i < 2; ++i) mask.own[i] = decays.tokens[8 * warp + 4 * i + lane % 4];
-    mask.onward = {exp2_approximate(mask.logs.x - start), exp2_approximate(mask.logs.y - start)};
-    return mask;
-  }
-
-  // M from C B^T.
-  __device__ void mask_scores(uint32_t (&frag)[4][4], const float (&scores)[32], const Mask& mask) const {
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {  // eight tokens
-      uint32_t* pair = &frag[i / 2][i % 2 * 2];
-      const float* s = &scores[4 * i];
-      pair[0] = pair[1] = 0;
-      if (i >= 6 || i / 2 >= warp) continue;
-      const float2 before = mask.before[i], onward = mask.onward;
-      pair[0] = pack_floats<Element>(s[0] * before.x * onward.x, s[1] * before.y * onward.x);
-      pair[1] = pack_floats<Element>(s[2] * before.x * onward.y, s[3] * before.y * onward.y);
-    }
-    if (warp == 0) mask_diagonal<0>(frag[0], scores, mask);
-    if (warp == 1) mask_diagonal<1>(frag[1], scores, mask);
-    if (warp == 2) mask_diagonal<2>(frag[2], scores, mask);
-    if (warp == 3) mask_diagonal<3>(frag[3], scores, mask);
-  }
-
-  // The warp's own 16 tokens, with D on the diagonal.
-  template <int kWarp>
-  __device__ void mask_diagonal(uint32_t (&frag)[4], const float (&scores)[32], const Mask& mask) const {
-    const int row = lane / 4;
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const float4 from = mask.own[i];
-      float m[4];
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        const int later = row + j / 2 * 8 - (8 * i + lane % 4 * 2 + j % 2);  // than the column's token
-        const float log = (j < 2 ? mask.logs.x : mask.logs.y) - (j % 2 ? from.y : from.x);
-        const float value = scores[8 * kWarp + 4 * i + j] * exp2_approximate(log) * (j % 2 ? from.w : from.z);
-        m[j] = (later >= 0 ? value : 0.0f) + (later == 0 ? skip : 0.0f);
-      }
-      frag[2 * i] = pack_floats<Element>(m[0], m[1]);
-      frag[2 * i + 1] = pack_floats<Element>(m[2], m[3]);
     }
   }
 
