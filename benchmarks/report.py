@@ -149,18 +149,21 @@ def training(records: list[dict]) -> str:
         return r["model"], r["batch"] // r["gpus"], r["length"], r["recompute"], r["fp8_teacher"]
 
     single = {key(r): r["tokens_per_second"] for r in records if r["gpus"] == 1}
-    several = any(r["gpus"] > 1 for r in records)
+    several, watched = any(r["gpus"] > 1 for r in records), any("monitor" in r for r in records)
     head = ["model", "GPUs", "batch a GPU", "teacher", "recompute", "tokens/s", "ms a step", "peak GB a GPU"]
     rows = []
     for r in records:
         row = [r["model"], f"{r['gpus']} {r['strategy']}", f"{r['batch'] // r['gpus']} x {r['length']:,}"]
         row += ["fp8" if r["fp8_teacher"] else "bf16", r["recompute"], f"{r['tokens_per_second']:,.0f}"]
         row += [figure(r["step_ms"]), f"{r['peak_gb']:.1f}", f"{r['overhead']:.3f}"]
+        if watched:
+            row.append(f"{r['monitor']:.2%}")
         if several:
             alone = single.get(key(r))
             row.append(f"{r['tokens_per_second'] / r['gpus'] / alone:.0%}" if alone else "")
         rows.append(row)
-    return table([*head, "overhead", *(["efficiency"] if several else [])], rows)
+    head += ["overhead", *(["monitor"] if watched else []), *(["efficiency"] if several else [])]
+    return table(head, rows)
 
 
 def study(records: list[dict]) -> str:

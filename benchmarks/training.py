@@ -6,7 +6,8 @@
 
 The step is Distiller.train_step: teacher and student with random weights of the published shapes, random
 tokens; on a GPU in bf16, the student's weights and the optimizer in fp32. overhead is its time over that of
-the same step with the student's weights as they are. Prints what it finds and writes a JSON file. By torchrun
+the same step with the student's weights as they are; monitor is the share of a step that counting zeros
+takes, every monitor_every steps. Prints what it finds and writes a JSON file. By torchrun
 each GPU takes --batch sequences of a step, the teacher whole and the student as --strategy says.
 """
 
@@ -14,7 +15,7 @@ import argparse
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,7 @@ class Record:
     peak_gb: float | None  # 10^9 bytes of GPU memory, of the fullest GPU
     step_ms: float
     overhead: float
+    monitor: float  # of one step in monitor_every, spread over all
     parts_ms: dict[str, float]  # on one GPU
 
 
@@ -123,6 +125,10 @@ def records(args: argparse.Namespace) -> Iterator[Record]:
             step_ms = measure(d.train_step, args)
             peak = torch.cuda.max_memory_allocated() / 1e9 if args.device == "cuda" else None
             peak = peak and max(distributed.gather_objects(peak))
+            config = d.config
+            d.config = replace(config, monitor_every=1)
+            counted_ms = measure(lambda: (d.train_step(), d.rounding.ratios()), args)
+            d.config = config
             gpus, shares = distributed.world(), {}
             if gpus == 1:  # of several, parts would wait for each other
                 parts(d)
@@ -143,13 +149,14 @@ def records(args: argparse.Namespace) -> Iterator[Record]:
                 peak,
                 step_ms,
                 step_ms / dense_ms,
+                (counted_ms / step_ms - 1) / config.monitor_every,
                 shares,
             )
             if distributed.rank() == 0:
                 print(
                     f"{name:14} {gpus} {r.strategy} recompute {recompute:<4g} {step_ms:9.1f} ms "
                     f"{r.tokens_per_second:9,.0f} tok/s peak {peak or 0:5.1f} GB, "
-                    f"over the dense step {r.overhead:.3f}; "
+                    f"over the dense step {r.overhead:.3f}, monitor {r.monitor:.2%}; "
                     + ", ".join(f"{part} {ms:.1f}" for part, ms in shares.items()),
                     flush=True,
                 )
