@@ -8,9 +8,11 @@ own quantization gives; all implementations take turns.
 """
 
 import argparse
+import gc
 import math
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,6 @@ from ternary_ssm.sampling import SamplingConfig
 
 BATCHES = {"cuda": [1, 2, 4, 8, 16, 32, 64, 128, 256], "cpu": [1, 8]}
 PREFILLS = {"cuda": [(1, 512), (1, 2048), (1, 8192), (8, 2048)], "cpu": [(1, 512)]}
-HEADS = ["float", "int8"]
 VOCAB = 50277
 # (bench, batch, length, state dtype, mode) -> the calls to time, the dtype that the states have
 Build = Callable[[str, int, int, torch.dtype, str], tuple[list[Callable[[], Any]], torch.dtype]]
@@ -156,25 +157,32 @@ def work(model: nn.Module, config: MambaConfig, bench: str, batch: int, length: 
     return sum(tensors.values()) + states, 2 * batch * (length * projections + head)
 
 
-def implementations(args: argparse.Namespace, name: str) -> Iterator[tuple[str, str, Any, Build]]:
-    """(library, head's dtype, model, build), each made when it is asked for."""
+def implementations(args: argparse.Namespace, name: str) -> list[tuple[str, str, Callable]]:
+    """(library, head's dtype, what makes the model and `build`)."""
     dtype, config = DTYPES[args.dtype], config_of(name)
-    for head in args.heads:
+
+    def make_ours(head: str) -> tuple[nn.Module, Build]:
         ternary = TernaryConfig(group_size=args.group_size, embedding=head)
         model = random_model(config, ternary, args.device, dtype)
         for layer in model.modules():
             if isinstance(layer, TernaryLinear):
                 layer.activations = args.activations
-        yield "ternary_ssm", "int8" if head == "int8" else args.dtype, model, ours(model, args.device)
-    try:
-        if args.peers and args.device == "cuda":
-            yield "mamba_ssm", args.dtype, *mamba_ssm(name, args.device, dtype)
-        elif args.peers and args.group_size == gguf.BLOCK:
-            model = random_model(config, TernaryConfig(group_size=gguf.BLOCK), "cpu", torch.float16)
-            with tempfile.TemporaryDirectory() as directory:
-                yield "llama.cpp", "q6_k", model, llama_cpp(model, directory)
-    except ImportError as error:
-        print(f"{error.name}: not installed")
+        return model, ours(model, args.device)
+
+    def make_llama_cpp() -> tuple[nn.Module, Build]:
+        model = random_model(config, TernaryConfig(group_size=gguf.BLOCK), "cpu", torch.float16)
+        with tempfile.TemporaryDirectory() as directory:
+            return model, llama_cpp(model, directory)
+
+    found = [
+        ("ternary_ssm", "int8" if head == "int8" else args.dtype, partial(make_ours, head))
+        for head in args.heads
+    ]
+    if args.peers and args.device == "cuda":
+        found.append(("mamba_ssm", args.dtype, partial(mamba_ssm, name, args.device, dtype)))
+    elif args.peers and args.group_size == gguf.BLOCK:
+        found.append(("llama.cpp", "q6_k", make_llama_cpp))
+    return found
 
 
 def cases(args: argparse.Namespace) -> Iterator[tuple[str, int, int, torch.dtype, str]]:
@@ -187,23 +195,34 @@ def cases(args: argparse.Namespace) -> Iterator[tuple[str, int, int, torch.dtype
                 yield bench, batch, length, DTYPES[state], mode
 
 
-@torch.inference_mode()
 def bench_model(args: argparse.Namespace, name: str, limits: tuple[float, float]) -> Iterator[Record]:
-    config = config_of(name)
     found = implementations(args, name)
-    # A GPU's memory takes one at a time.
-    groups = [[*found]] if args.device == "cpu" else ([one] for one in found)
-    for group in groups:
-        for case in cases(args):
-            for (impl, head, model, _), state, times in time_group(args, name, group, case):
-                bench, batch, length, _, mode = case
-                sizes = state.itemsize, DTYPES[args.dtype].itemsize
-                floor = floor_ms(*work(model, config, bench, batch, length, *sizes), args.device, limits)
-                rounded = impl == "ternary_ssm" and args.activations != "a16"
-                types = name_of(state), head, args.activations if rounded else args.dtype
-                record = Record(bench, impl, mode, name, batch, length, *types, *times, floor)
-                show(record)
-                yield record
+    # A GPU has one at a time: its memory is counted. Those of a CPU take turns.
+    for group in [found] if args.device == "cpu" else [[one] for one in found]:
+        yield from bench_group(args, name, group, limits)
+        gc.collect()
+
+
+@torch.inference_mode()
+def bench_group(
+    args: argparse.Namespace, name: str, group: list[tuple[str, str, Callable]], limits: tuple[float, float]
+) -> Iterator[Record]:
+    config, made = config_of(name), []
+    for impl, head, make in group:
+        try:
+            made.append((impl, head, *make()))
+        except ImportError as error:
+            print(f"{error.name}: not installed")
+    for case in cases(args):
+        for (impl, head, model, _), state, times in time_group(args, name, made, case):
+            bench, batch, length, _, mode = case
+            sizes = state.itemsize, DTYPES[args.dtype].itemsize
+            floor = floor_ms(*work(model, config, bench, batch, length, *sizes), args.device, limits)
+            rounded = impl == "ternary_ssm" and args.activations != "a16"
+            types = name_of(state), head, args.activations if rounded else args.dtype
+            record = Record(bench, impl, mode, name, batch, length, *types, *times, floor)
+            show(record)
+            yield record
 
 
 def time_group(args: argparse.Namespace, name: str, group: list[tuple], case: tuple) -> list[tuple]:

@@ -157,7 +157,7 @@ def training(records: list[dict]) -> str:
         row += ["fp8" if r["fp8_teacher"] else "bf16", r["recompute"], f"{r['tokens_per_second']:,.0f}"]
         row += [figure(r["step_ms"]), f"{r['peak_gb']:.1f}", f"{r['overhead']:.3f}"]
         if watched:
-            row.append(f"{r['monitor']:.2%}")
+            row.append(f"{r['monitor']:.2%}" if "monitor" in r else "")
         if several:
             alone = single.get(key(r))
             row.append(f"{r['tokens_per_second'] / r['gpus'] / alone:.0%}" if alone else "")

@@ -12,10 +12,12 @@ each GPU takes --batch sequences of a step, the teacher whole and the student as
 """
 
 import argparse
+import gc
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -99,10 +101,7 @@ def parts(d: Distiller) -> dict[str, float]:
             mark()
             hidden_s = d.student.backbone(ids[:, :-1])
             mark()
-            heads = [
-                (m.backbone.embeddings if m.lm_head is None else m.lm_head).weight
-                for m in (d.student, d.teacher)
-            ]
+            heads = [m.head.weight for m in (d.student, d.teacher)]
             loss, *_ = distillation_loss(hidden_s, hidden_t, *heads, ids[:, 1:], c.kl_weight, c.temperature)
         mark()
         loss.backward()
@@ -115,6 +114,15 @@ def parts(d: Distiller) -> dict[str, float]:
     return {name: (end - start) * 1e3 for name, (start, end) in zip(names, pairwise(times), strict=True)}
 
 
+def counted_step(d: Distiller) -> None:
+    """One whose zeros are counted."""
+    config = d.config
+    d.config = replace(config, monitor_every=1)
+    d.train_step()
+    d.rounding.ratios()
+    d.config = config
+
+
 def records(args: argparse.Namespace) -> Iterator[Record]:
     for name in args.models:
         for recompute in args.recompute:
@@ -125,10 +133,7 @@ def records(args: argparse.Namespace) -> Iterator[Record]:
             step_ms = measure(d.train_step, args)
             peak = torch.cuda.max_memory_allocated() / 1e9 if args.device == "cuda" else None
             peak = peak and max(distributed.gather_objects(peak))
-            config = d.config
-            d.config = replace(config, monitor_every=1)
-            counted_ms = measure(lambda: (d.train_step(), d.rounding.ratios()), args)
-            d.config = config
+            counted_ms = measure(partial(counted_step, d), args)
             gpus, shares = distributed.world(), {}
             if gpus == 1:  # of several, parts would wait for each other
                 parts(d)
@@ -149,7 +154,7 @@ def records(args: argparse.Namespace) -> Iterator[Record]:
                 peak,
                 step_ms,
                 step_ms / dense_ms,
-                (counted_ms / step_ms - 1) / config.monitor_every,
+                (counted_ms / step_ms - 1) / d.config.monitor_every,
                 shares,
             )
             if distributed.rank() == 0:
@@ -162,6 +167,7 @@ def records(args: argparse.Namespace) -> Iterator[Record]:
                 )
             yield r
             del d
+            gc.collect()  # before the next one's memory is counted
 
 
 def main() -> None:

@@ -36,19 +36,26 @@ SHAPES = {  # the last one takes the Decoder on a GPU too
 @pytest.fixture(autouse=True)
 def captures(device, monkeypatch) -> list:
     """What was captured; on the CPU by stand-ins for torch.cuda."""
-    made, capture = [], graphs.capture
+    made, capture = [], graphs.Pool.capture
     if device == "cpu":
         stream = SimpleNamespace(wait_stream=lambda other: None)
         event = SimpleNamespace(record=lambda: None, synchronize=lambda: None)
         monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: stream)
         monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
         monkeypatch.setattr(torch.cuda, "Event", lambda: event)
-        monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
-        monkeypatch.setattr(graphs, "anchor", lambda *_: None)
+        monkeypatch.setattr(graphs.Pool, "__init__", lambda *_: None)
         monkeypatch.setattr(graphs, "has_kernel", lambda *_: True)
         monkeypatch.setattr(generation, "_steps", graphs.steps)
-        capture = lambda function, pool: SimpleNamespace(replay=function)  # noqa: E731
-    monkeypatch.setattr(graphs, "capture", lambda *args: made.append(capture(*args)) or made[-1])
+        capture = lambda pool, function: SimpleNamespace(replay=function)  # noqa: E731
+    else:
+        make = graphs.Pool.__init__
+
+        def make_and_forget(*args) -> None:
+            make(*args)
+            made.pop()  # the anchor
+
+        monkeypatch.setattr(graphs.Pool, "__init__", make_and_forget)
+    monkeypatch.setattr(graphs.Pool, "capture", lambda *args: made.append(capture(*args)) or made[-1])
     yield made
     graphs._runners.clear()
 

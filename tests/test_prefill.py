@@ -140,6 +140,6 @@ def test_tokens_outside_the_table_give_nan():
 
 
 def test_opcheck(device):
-    args = arguments(build(dtype=BF16, device=device), 7, 5)
+    args = arguments(build(dtype=BF16, device=device, n_layer=1), 7, 5)  # copies of more were no stack
     args = [torch.zeros_like(a) if i in STATES else a for i, a in enumerate(args)]
     torch.library.opcheck(torch.ops.ternary.prefill.default, tuple(args))

@@ -8,6 +8,7 @@
 #include "ops/choose.h"
 #include "ops/decode.h"
 #include "ops/gemm.h"
+#include "ops/head.h"
 #include "ops/loss.h"
 #include "ops/norm.h"
 #include "ops/quantize.h"
@@ -96,6 +97,7 @@ STABLE_TORCH_LIBRARY_IMPL(ternary, CUDA, m) {
   m.impl("gemm", TORCH_BOX((&gemm<run_gemm, true>)));
   m.impl("decode", TORCH_BOX((&decode<run_decode, true>)));
   m.impl("prefill", TORCH_BOX((&prefill<run_prefill>)));
+  m.impl("head", TORCH_BOX((&head<run<HeadArgs, head_sm90>>)));
   m.impl("choose", TORCH_BOX((&choose<run<ChooseArgs, choose_sm90>>)));
   m.impl("selective_scan", TORCH_BOX((&selective_scan<run<SelectiveScanArgs, selective_scan_sm90>>)));
   m.impl("selective_scan_fused",

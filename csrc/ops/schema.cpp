@@ -62,5 +62,6 @@ STABLE_TORCH_LIBRARY(ternary, m) {
       "Tensor dt_bias, Tensor A, Tensor D, Tensor(b!) ssm_state, Tensor gate_norm, Tensor[] out_codes, "
       "Tensor[] out_scales, float eps, float dt_min=0.0, float? dt_max=None, str activations=\"a16\") -> "
       "Tensor");
+  m.def("head(Tensor hidden, Tensor norm, Tensor table, Tensor? scale=None, float eps=1e-05) -> Tensor");
   m.def("choose(Tensor logits, int vocab_size, Tensor(a!) tokens, Tensor(b!) chosen, Tensor(c!) step) -> ()");
 }

@@ -71,24 +71,27 @@ def release(model: MambaLM) -> None:
     _runners.pop(model, None)
 
 
-def capture(function: Callable[[], None], pool: tuple[int, int]) -> torch.cuda.CUDAGraph:
-    """A graph of what `function` launches, which must have run before: nothing is to be loaded or tuned."""
-    graph, side, current = torch.cuda.CUDAGraph(), torch.cuda.Stream(), torch.cuda.current_stream()
-    side.wait_stream(current)
-    with torch.cuda.stream(side):
-        graph.capture_begin(pool, capture_error_mode="thread_local")
-        try:
-            function()
-        finally:
-            graph.capture_end()
-    current.wait_stream(side)
-    return graph
+class Pool:
+    """The memory of a model's graphs. All are captured in one stream: cuBLAS keeps 32 MiB for each."""
 
+    def __init__(self, device: torch.device) -> None:
+        self.handle, self.stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
+        torch.zeros(1, device=device)
+        # Into a pool whose graphs are all gone torch captures no other.
+        self.anchor = self.capture(lambda: torch.zeros(1, device=device))
 
-def anchor(pool: tuple[int, int], device: torch.device, capture=capture) -> torch.cuda.CUDAGraph:
-    """A graph to keep: into a pool whose graphs are all gone torch captures no other."""
-    torch.zeros(1, device=device)
-    return capture(lambda: torch.zeros(1, device=device), pool)
+    def capture(self, function: Callable[[], None]) -> torch.cuda.CUDAGraph:
+        """A graph of what `function` launches. It must have run before: nothing is to be loaded or tuned."""
+        graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        self.stream.wait_stream(current)
+        with torch.cuda.stream(self.stream):
+            graph.capture_begin(self.handle, capture_error_mode="thread_local")
+            try:
+                function()
+            finally:
+                graph.capture_end()
+        current.wait_stream(self.stream)
+        return graph
 
 
 class Runner:
@@ -98,8 +101,7 @@ class Runner:
         self.decoder = Decoder(model) if Decoder.supports(model, 1) else None  # moves tensors: first of all
         self.watch, self.place = Watch(model), _place(model)
         self.stream = torch.cuda.current_stream(model.device)
-        self.pool = torch.cuda.graph_pool_handle()
-        self.anchor = anchor(self.pool, model.device)
+        self.pool = Pool(model.device)
         self.lock = threading.Lock()
         self.loops: list[Loop] = []  # idle ones, the last used at the end
         self.prefills: OrderedDict[tuple[int, int], Prefill | None] = OrderedDict()
@@ -176,9 +178,9 @@ class Prefill:
             self.graph.replay()
         return self.logits
 
-    def capture(self, model: MambaLM, pool: tuple[int, int]) -> None:
+    def capture(self, model: MambaLM, pool: Pool) -> None:
         """To be called after a run, whose logits the graph's replays overwrite."""
-        self.graph = capture(lambda: self.logits.copy_(self.run(model)), pool)
+        self.graph = pool.capture(lambda: self.logits.copy_(self.run(model)))
 
     def run(self, model: MambaLM) -> Tensor:
         if self.decoder is not None and self.decoder.prefills:
@@ -216,7 +218,7 @@ class Loop:
             elif step == 1:  # warms up for the capture
                 self.advance(model)
             else:
-                self.graph = capture(lambda: self.advance(model), self.pool)
+                self.graph = self.pool.capture(lambda: self.advance(model))
                 self.graph.replay()
         tokens = torch.empty(count, len(self.tokens), dtype=torch.int64, pin_memory=self.tokens.is_cuda)
         tokens.copy_(self.chosen[begin % BLOCK :][:count], non_blocking=True)

@@ -162,8 +162,13 @@ class MambaLM(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [..., d_model] -> [..., padded_vocab_size]."""
-        head = self.backbone.embeddings if self.lm_head is None else self.lm_head
+        head = self.head
         return head.logits(hidden) if isinstance(head, Int8Table) else F.linear(hidden, head.weight)
+
+    @property
+    def head(self) -> nn.Module:
+        """What has the head's table as its `weight`."""
+        return self.backbone.embeddings if self.lm_head is None else self.lm_head
 
     def empty_cache(self, batch: int, state_dtype: torch.dtype = torch.float32) -> MambaCache:
         return MambaCache.empty(self.config, batch, self.device, self.dtype, state_dtype)

@@ -16,7 +16,7 @@ from . import reference
 _OPERATORS = ("quantize", "pack", "unpack", "first_invalid", "dequantize", "gemm", "int8_linear")
 _OPERATORS += ("causal_conv1d", "causal_conv1d_update")
 _OPERATORS += ("selective_scan", "selective_scan_fused", "selective_scan_update", "ssd", "ssd_update")
-_OPERATORS += ("rms_norm_gated", "add_rms_norm", "decode", "prefill", "choose", "fake_quantize")
+_OPERATORS += ("rms_norm_gated", "add_rms_norm", "decode", "prefill", "head", "choose", "fake_quantize")
 _OPERATORS += ("distillation", "quantize_fp8")
 
 
@@ -219,6 +219,11 @@ def _(tokens, embedding, *_args, **_options):
 @torch.library.register_fake("ternary::prefill")
 def _(tokens, cu_seqlens, embedding, *_args, **_options):
     return embedding.new_empty(*tokens.shape, embedding.shape[1], dtype=torch.float32)
+
+
+@torch.library.register_fake("ternary::head")
+def _(hidden: Tensor, norm: Tensor, table: Tensor, scale: Tensor | None = None, eps: float = 1e-5) -> Tensor:
+    return norm.new_empty(*hidden.shape[:-1], table.shape[0])
 
 
 @torch.library.register_fake("ternary::choose")

@@ -58,7 +58,8 @@ def pack_(
 
     After quantize_ it packs what training saw, under the config given there. A dense model is rounded as it
     stands and needs `config`, of a rule that trains no scales. The embedding and head of a MambaLM become
-    int8 if the config says so.
+    int8 if the config says so. The Mamba-1 of mamba_ssm reads its weights raw and cannot run packed ones:
+    replace_mixers_ makes it.
     """
     quantized = {name: m for name, m in _linears(model) if _fake_quantize(m) is not None}
     if quantized:

@@ -235,7 +235,7 @@ class Distiller:
         """(loss, KL, CE, mean 1 - cos of the hidden states), means over the windows' tokens."""
         c, ids = self.config, self.stream.rows(windows)
         labels = ids[:, 1:].to(self.device)
-        heads, options = (_head(student),), (labels, c.kl_weight, c.temperature)
+        heads, options = (student.head.weight,), (labels, c.kl_weight, c.temperature)
         hidden_t = None if self._cache is not None else self._teach(windows)
         autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=c.dtype == "bfloat16")
         with (
@@ -246,7 +246,7 @@ class Distiller:
             if hidden_t is None:
                 losses = top_k_loss(hidden_s, *heads, *self._cache.read(windows, self.device), *options)
             else:
-                losses = distillation_loss(hidden_s, hidden_t, *heads, _head(self.teacher), *options)
+                losses = distillation_loss(hidden_s, hidden_t, *heads, self.teacher.head.weight, *options)
         if not c.hidden_weight:
             return *losses, losses[0].new_zeros(())
         distance = 1 - F.cosine_similarity(hidden_s.float(), hidden_t.float(), dim=-1).mean()
@@ -272,7 +272,7 @@ class Distiller:
         the next batch: KL over all classes, over k + 1, and the probability of the last one."""
         c = self.config
         identity = {k: self._identity[k] for k in ("teacher", "data", "dtype", "reset_at_documents")}
-        head, n = _head(self.teacher).detach(), self.stream.windows_per_epoch
+        head, n = self.teacher.head.weight.detach(), self.stream.windows_per_epoch
         identity |= {"temperature": c.temperature, "vocabulary": head.shape[0]}
         cache = TeacherCache(self._cache_path, identity, n, c.sequence_length, c.teacher_top_k)
         needed = {w for step in range(self.step, c.steps) for w in self.stream.windows(step)}
@@ -356,10 +356,6 @@ class Distiller:
 
 def _run(losses, windows: list[int], student: MambaLM):
     return losses(student, windows)
-
-
-def _head(model: MambaLM) -> Tensor:
-    return (model.backbone.embeddings if model.lm_head is None else model.lm_head).weight
 
 
 # Settings that may change when a run is resumed: the numbers do not depend on them, but for rounding.

@@ -11,7 +11,7 @@ another in a batch of one, and the states have q rows. States are float32 unless
 
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .model import add_rms_norm, choose, decode, distillation, prefill, rms_norm_gated
+from .model import add_rms_norm, choose, decode, distillation, head, prefill, rms_norm_gated
 from .recurrences import (
     causal_conv1d,
     causal_conv1d_update,
@@ -45,6 +45,7 @@ __all__ = [
     "fake_quantize",
     "first_invalid",
     "gemm",
+    "head",
     "int8_linear",
     "pack",
     "prefill",

@@ -189,6 +189,21 @@ def _layers(
     return x
 
 
+def head(
+    hidden: Tensor, norm: Tensor, table: Tensor, scale: Tensor | None = None, eps: float = 1e-5
+) -> Tensor:
+    """The last norm and the head: hidden [..., d], the residual stream in fp32 -> logits [..., v].
+
+    norm [d]. table [v, d] in norm's dtype, or int8 with scale [v, 1]. What the norm gives is rounded to
+    norm's dtype before the product.
+    """
+    acc = accumulate(hidden)
+    x = hidden.to(acc)
+    u = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * norm.to(acc)
+    logits = F.linear(u.to(norm.dtype).to(acc), table.to(acc))
+    return (logits if scale is None else logits * scale.squeeze(1).to(acc)).to(norm.dtype)
+
+
 def choose(logits: Tensor, vocab_size: int, tokens: Tensor, chosen: Tensor, step: Tensor) -> None:
     """The greedy choice of a step of decoding, written where the next step and the host find it.
 

@@ -43,10 +43,11 @@ struct ExchangeArgs {
   }
 };
 
-// To all copies; `to` is in the first.
-__device__ inline void send(const ExchangeArgs& a, uint32_t* to, float value, uint32_t epoch) {
+// To all copies, or to those that are this one of kParts; `to` is in the first.
+template <int kParts = 1>
+__device__ void send(const ExchangeArgs& a, uint32_t* to, float value, uint32_t epoch, int part = 0) {
 #pragma unroll
-  for (int copy = 0; copy < Decode::kCopies; ++copy)
+  for (int copy = part; copy < part + Decode::kCopies - kParts + 1; copy += kParts)
     store_word(to + copy * a.region_words(), (__float_as_uint(value) & ~1u) | epoch);
 }
 

@@ -1,8 +1,9 @@
-// The warp that sends what the block has for others, all of a kind at once: the fewer stores, the sooner the
-// last of them has arrived. It waits for B, C and the steps of the block's heads, too.
+// The warp that exchanges values for the block: it finishes what all blocks wait for, sends what the block
+// has for others, all of a kind at once (the fewer stores, the sooner the last of them has arrived), and
+// waits for B, C and the steps of the block's heads.
 #pragma once
 
-#include "kernels/sm90/decode/load.cuh"
+#include "kernels/sm90/decode/worker.cuh"
 
 namespace ternary::sm90 {
 
@@ -20,82 +21,148 @@ __device__ inline void hand_over(Meeting at, int warps) {
   arrive_threads(static_cast<int>(at), 32 * (warps + 1));
 }
 
-// The rows of B, C or dt from `index` on, which the compute warps have finished.
-__device__ inline void send_shared(const StepArgs& a, int index, const Region& here) {
-  meet(Meeting::shared, Decode::kTileRows / 2);
-  const float2* values = reinterpret_cast<const float2*>(shared_memory() + a.plan.sent_shared);
-  for (int i = threadIdx.x % 32; i < a.d.batch * Decode::kTileRows; i += 32) {
-    const int row = index + i % Decode::kTileRows, head = row - 2 * Decode::kStateSize;
-    const int sequence = i / Decode::kTileRows;
-    if (head < 0) {
-      send(a.exchange, here.shared + sequence * 2 * Decode::kStateSize + row, values[i].x, here.epoch);
-    } else if (head < a.d.heads) {
-      uint32_t* to = here.steps + (sequence * a.d.heads + head) * 2;
-      send(a.exchange, to, values[i].x, here.epoch);
-      send(a.exchange, to + 1, values[i].y, here.epoch);
+template <class Config>
+class Messenger : Worker<Config> {
+  using Base = Worker<Config>;
+
+ public:
+  __device__ explicit Messenger(const StepArgs& a) : Base(a), row_(lane_ / 2), part_(lane_ % 2) {
+#pragma unroll
+    for (int i = 0; i < kSpansOfLane; ++i) {
+      const int column = (2 * i + part_) * Decode::kSpan;
+      group_[i] = a.in_groups ? min(column / d_.in_group, a.in_groups - 1) : 0;
     }
   }
-  __syncwarp();
-}
 
-// Puts B and C in shared memory, [b][2][kStateSize], and [b][heads] (dt, decay).
-template <class Config>
-__device__ void receive_shared(const StepArgs& a, int first, int channels, const Region& here) {
-  const int lane = threadIdx.x % 32, first_head = first / a.d.head_dim;
-  const int heads = (first + channels - 1) / a.d.head_dim - first_head + 1;
-  // A lane's four words are the steps of two heads.
-  const int pairs = (first_head + heads - 1) / 2 - first_head / 2 + 1;
-  for (int b = 0; b < a.d.batch; ++b) {
-    const uint32_t* words = here.shared + b * 2 * Decode::kStateSize + 4 * lane;
-    const int pair = first_head / 2 + min(lane, pairs - 1);
-    const uint32_t* const from[3] = {words, words + Decode::kStateSize,
-                                     here.steps + (b * a.d.heads + 2 * pair) * 2};
-    float4 in[3];
-    receive(in, from, here.epoch);
-    float4* to =
-        reinterpret_cast<float4*>(shared_memory() + a.plan.shared) + b * (Decode::kStateSize / 2) + lane;
-    to[0] = in[0];
-    to[Decode::kStateSize / 4] = in[1];
-    if (lane < pairs) {
-      float2* steps = reinterpret_cast<float2*>(shared_memory() + a.plan.steps) + b * Decode::kMaxHeads;
-      const int head = 2 * pair - first_head;
-      if (head >= 0) steps[head] = {in[2].x, in[2].y};
-      if (head + 1 < heads) steps[head + 1] = {in[2].z, in[2].w};
+  __device__ void run() {
+    const uint32_t done = *a_.exchange.counter;
+    const int first = work_.units.first * Decode::kUnit, channels = work_.units.count * Decode::kUnit;
+    for (int layer = 0; layer < d_.layers; ++layer) {
+      const Region here = a_.exchange.region(done + layer, 0);
+      if (work_.shared_tile >= 0) send_shared(layer, here);
+      params_.done();
+      if (work_.in_tiles()) in_.done();
+      if (channels) {
+        receive_shared(first, channels, a_.exchange.region(done + layer));
+        meet(Meeting::received, Config::kWarps);
+        meet(Meeting::y, Config::kWarps);
+        const float* y = this->template shared<float>(p_.sent_y);
+        for (int b = 0; b < d_.batch; ++b)
+          for (int i = lane_; i < channels; i += 32)
+            send(a_.exchange, here.y + b * Config::kInner + place(first + i), y[b * channels + i],
+                 here.epoch);
+      }
+      if (work_.outs) {
+        meet(Meeting::x, Config::kWarps);
+        const float* x = this->template shared<float>(p_.residual);
+        for (int b = 0; b < d_.batch; ++b)
+          for (int row = sixteenth_; row < work_.outs * Decode::kTileRows; row += Decode::kTileRows)
+            send<2>(a_.exchange, here.x + b * Config::kModel + place(work_.out_row(row)), x[row * kBatch + b],
+                    here.epoch, half_);
+      }
+      __syncwarp();
     }
   }
-  __syncwarp();
-}
 
-template <class Config>
-__device__ void run_exchange(const StepArgs& a) {
-  const Work work(a);
-  const int lane = threadIdx.x % 32, first = work.units.first * Decode::kUnit;
-  const int channels = work.units.count * Decode::kUnit;
-  const uint32_t done = *a.exchange.counter;
-  for (int layer = 0; layer < a.d.layers; ++layer) {
-    const Region here = a.exchange.region(done + layer, 0);
-    if (work.shared_tile >= 0) send_shared(a, work.shared_tile * Decode::kTileRows, here);
-    if (channels) {
-      receive_shared<Config>(a, first, channels, a.exchange.region(done + layer));
-      meet(Meeting::received, Config::kWarps);
-      meet(Meeting::y, Config::kWarps);
-      const float* y = reinterpret_cast<const float*>(shared_memory() + a.plan.sent_y);
-      for (int i = lane; i < a.d.batch * channels; i += 32)
-        send(a.exchange, here.y + i / channels * Config::kInner + place(first + i % channels), y[i],
-             here.epoch);
+ private:
+  using Base::a_, Base::d_, Base::p_, Base::work_, Base::lane_, Base::half_, Base::sixteenth_;
+  using Base::factor, Base::in_scales, Base::in_sums, Base::convolve, Base::convolve_older, Base::input;
+  using Base::is_half_, Base::half_scales_, Base::params_, Base::in_, Base::kBatch;
+  using typename Base::Convolution;
+  static_assert(Config::kSpans % 2 == 0);
+  static constexpr int kSpansOfLane = Config::kSpans / 2;
+
+  // Finishes the block's rows of B, C or dt, two lanes a row, and sends them. What does not wait for the sums
+  // is read before.
+  __device__ void send_shared(int layer, const Region& here) {
+    params_.acquire();
+    in_.acquire();
+    const int index = work_.shared_tile * Decode::kTileRows + row_, head = index - 2 * Decode::kStateSize;
+    const bool mixes = head < 0;  // all rows of a tile, or none
+    const Convolution c = {.weight = p_.at.shared_weight,
+                           .bias = p_.at.shared_bias,
+                           .inputs = p_.at.shared_inputs,
+                           .channel = row_,
+                           .channels = Decode::kTileRows};
+    float scales[kSpansOfLane], older[kBatch] = {}, dt_bias = 0, A = 0;
+    const uint16_t* from = in_scales(2 * work_.units.count * Decode::kUnit + row_);
+    if (!from) from = static_cast<const uint16_t*>(d_.in_scales) + layer;
+#pragma unroll
+    for (int i = 0; i < kSpansOfLane; ++i) scales[i] = widen(from[group_[i]], half_scales_);
+    uint16_t inputs[kBatch][3] = {};
+    if (mixes) {
+#pragma unroll
+      for (int b = 0; b < kBatch; ++b) {
+        if (b >= d_.batch) break;
+#pragma unroll
+        for (int i = 0; i < 3; ++i) inputs[b][i] = input(c, b, i);
+        older[b] = convolve_older(c, inputs[b]);
+      }
+    } else if (head < d_.heads) {
+      dt_bias = this->template param<float>(p_.at.dt_bias)[head];
+      A = this->template param<float>(p_.at.A)[head];
     }
-    if (work.outs) {
-      meet(Meeting::x, Config::kWarps);
-      const float* x = reinterpret_cast<const float*>(shared_memory() + a.plan.residual);
-      const int rows = work.outs * Decode::kTileRows;
-      for (int i = lane; i < a.d.batch * rows; i += 32) {
-        const int row = i % rows, sequence = i / rows;
-        send(a.exchange, here.x + sequence * Config::kModel + place(work.out_row(row)),
-             x[row * Config::kBatch + sequence], here.epoch);
+
+    meet(Meeting::shared, Config::kWarps);
+    const int32_t* sums = in_sums(row_);
+    const float* stats = this->template shared<float>(p_.x_stats);
+#pragma unroll
+    for (int b = 0; b < kBatch; ++b) {
+      if (b >= d_.batch) break;
+      float v[2] = {};
+#pragma unroll
+      for (int i = 0; i < kSpansOfLane; ++i) {
+        const int at = (2 * i + part_) * kBatch + b;
+        v[0] += static_cast<float>(sums[at]) * (scales[i] * stats[Config::kWarps * kBatch + at]);
+        v[1] += stats[at];
+      }
+      lane_sums<2>(v);
+      const float value = v[0] * factor(v[1], Config::kModel);
+      if (mixes) {
+        send<2>(a_.exchange, here.shared + b * 2 * Decode::kStateSize + index, convolve(c, older[b], value),
+                here.epoch, part_);
+        if (part_ == 0)
+#pragma unroll
+          for (int i = 0; i < 3; ++i)
+            this->input_in_memory(layer, b, i, Config::kInner + index) =
+                i < 2 ? inputs[b][i + 1] : static_cast<uint16_t>(narrow(value, is_half_));
+      } else if (head < d_.heads) {
+        const float dt = fminf(fmaxf(softplus_fast(value + dt_bias), d_.dt_min), d_.dt_max);
+        send(a_.exchange, here.steps + (b * d_.heads + head) * 2 + part_,
+             part_ == 0 ? dt : __expf(fminf(dt * A, 0)), here.epoch);
       }
     }
     __syncwarp();
   }
-}
+
+  // Puts B and C in shared memory, [b][2][kStateSize], and [b][heads] (dt, decay).
+  __device__ void receive_shared(int first, int channels, const Region& here) const {
+    const int first_head = first / d_.head_dim;
+    const int heads = (first + channels - 1) / d_.head_dim - first_head + 1;
+    // A lane's four words are the steps of two heads.
+    const int pairs = (first_head + heads - 1) / 2 - first_head / 2 + 1;
+    for (int b = 0; b < d_.batch; ++b) {
+      const uint32_t* words = here.shared + b * 2 * Decode::kStateSize + 4 * lane_;
+      const int pair = first_head / 2 + min(lane_, pairs - 1);
+      const uint32_t* const from[3] = {words, words + Decode::kStateSize,
+                                       here.steps + (b * d_.heads + 2 * pair) * 2};
+      float4 in[3];
+      receive(in, from, here.epoch);
+      float4* to = this->template shared<float4>(p_.shared) + b * (Decode::kStateSize / 2) + lane_;
+      to[0] = in[0];
+      to[Decode::kStateSize / 4] = in[1];
+      if (lane_ < pairs) {
+        float2* steps = this->template shared<float2>(p_.steps) + b * Decode::kMaxHeads;
+        const int head = 2 * pair - first_head;
+        if (head >= 0) steps[head] = {in[2].x, in[2].y};
+        if (head + 1 < heads) steps[head + 1] = {in[2].z, in[2].w};
+      }
+    }
+    __syncwarp();
+  }
+
+  const int row_, part_;     // of the rows of B, C or dt
+  int group_[kSpansOfLane];  // of the scales, of a lane's spans
+};
 
 }  // namespace ternary::sm90

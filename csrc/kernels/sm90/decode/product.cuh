@@ -13,6 +13,17 @@ namespace ternary::sm90 {
 constexpr float kIntegerOne = 12582912.f;  // 1.5 * 2^23: a sum with it has the integer in its low bits
 constexpr float kLargest = 127 * 256;      // of x as an integer: both bytes fit
 
+// A lane's codes of a tile, of one span.
+struct CodesOfTile {
+  uint2 row[2];
+
+  template <int kPitch>
+  __device__ void load(const uint8_t* first) {
+    row[0] = *reinterpret_cast<const uint2*>(first);
+    row[1] = *reinterpret_cast<const uint2*>(first + 8 * kPitch);
+  }
+};
+
 // A span of x of kBatch rows as B. The columns are (row, byte); a lane's sums are those of row lane % 4 of
 // each tile of four.
 template <int kBatch>
@@ -21,12 +32,12 @@ struct SpanOfX {
   uint32_t b[kTiles][8];  // words 0 and 1 of a lane's codes, weights 3 - i, 7 - i, ... of each
 
   // Sets n spans and the scales of their sums. values: of each row columns lane % 4 + {0, 4, 8, 12} of word
-  // lane / 4. staging: n * kBatch * 256 bytes, the warp's own.
+  // lane / 4. staging: n * kBatch * 256 bytes, the warp's own, which it
+  // last read before a barrier.
   template <int n>
   __device__ static void set(SpanOfX* spans, const float4 (&values)[n * kBatch], float (&scales)[n * kBatch],
                              uint8_t* staging) {
     const int lane = threadIdx.x % 32, quad = lane % 4;
-    __syncwarp();
 #pragma unroll
     for (int row = 0; row < n * kBatch; ++row) {
       const float v[4] = {values[row].x, values[row].y, values[row].z, values[row].w};
@@ -62,15 +73,13 @@ struct SpanOfX {
     }
   }
 
-  // codes times x, times 64, for rows lane / 4 and lane / 4 + 8 of a tile. codes: a lane's of the first.
-  template <int kPitch>
-  __device__ void multiply(int32_t (&sums)[kTiles][2], const uint8_t* codes) const {
-    const uint2 rows[2] = {*reinterpret_cast<const uint2*>(codes),
-                           *reinterpret_cast<const uint2*>(codes + 8 * kPitch)};
+  // codes times x, times 64, for rows lane / 4 and lane / 4 + 8 of a tile.
+  __device__ void multiply(int32_t (&sums)[kTiles][2], const CodesOfTile& codes) const {
     int32_t d[kTiles][4] = {};
 #pragma unroll
     for (int step = 0; step < 4; ++step) {
-      const uint32_t first = step < 2 ? rows[0].x : rows[0].y, second = step < 2 ? rows[1].x : rows[1].y;
+      const uint32_t first = step < 2 ? codes.row[0].x : codes.row[0].y;
+      const uint32_t second = step < 2 ? codes.row[1].x : codes.row[1].y;
       const int i = step % 2 * 2;
       const auto weights = [](uint32_t word, int i) { return word << 2 * i & 0xC0C0C0C0; };
       const uint32_t a[4] = {weights(first, i), weights(second, i), weights(first, i + 1),

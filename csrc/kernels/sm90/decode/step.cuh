@@ -12,7 +12,6 @@
 #pragma once
 
 #include "kernels/sm90/decode/messages.cuh"
-#include "kernels/sm90/decode/worker.cuh"
 
 namespace ternary::sm90 {
 
@@ -37,6 +36,7 @@ class Step : Worker<Config> {
       project_out(layer, here);
       params_.done();
     }
+    if (work_.units.count) store_kept(d_.layers - 1);
     if (blockIdx.x == 0 && threadIdx.x == 0) *a_.exchange.counter = done + d_.layers;
   }
 
@@ -44,11 +44,11 @@ class Step : Worker<Config> {
   using Base::a_, Base::d_, Base::p_, Base::work_, Base::warp_, Base::lane_, Base::half_, Base::sixteenth_;
   using Base::channel_, Base::first_head_, Base::head_, Base::has_channel_, Base::in_group_, Base::out_group_;
   using Base::embedding, Base::column, Base::weights, Base::squares, Base::factor, Base::total;
-  using Base::in_scales, Base::in_sums, Base::out_sums, Base::shared_row;
+  using Base::in_scales, Base::in_sums, Base::out_sums;
   using Base::is_half_, Base::half_scales_, Base::params_, Base::in_, Base::states_, Base::out_, Base::own_;
   using Base::kBatch, Base::staging, Base::has_span, Base::sync;
-  using Base::one_scale_, Base::older_, Base::state_, Base::newest_;
-  using Base::put, Base::put_stats, Base::own_convolution, Base::convolve_older, Base::convolve, Base::shift;
+  using Base::one_scale_, Base::put, Base::put_stats;
+  using Base::own_convolution, Base::convolve_older, Base::convolve, Base::input;
   using typename Base::Convolution, typename Base::X;
 
   // The residual stream starts as the tokens' embedding.
@@ -60,12 +60,28 @@ class Step : Worker<Config> {
   }
 
   __device__ void project_in(int layer, const Region& last) {
-#pragma unroll
-    for (int b = 0; b < kBatch; ++b) older_[b] = work_.units.count ? convolve_older(own_convolution(), b) : 0;
-    lane_sums<16>(older_);
     float4 norm = {};
     if (has_span()) norm = weights(p_.at.norm);
     if (d_.in_one_scale) one_scale_ = widen(static_cast<const uint16_t*>(d_.in_scales)[layer], half_scales_);
+    const uint8_t* codes =
+        in_.acquire() + lane_ / 4 * Config::kInPitch + warp_ * (Decode::kSpan / 4) + lane_ % 4 * 8;
+    constexpr int kTileBytes = Decode::kTileRows * Config::kInPitch;
+    CodesOfTile next = {};
+    if (has_span()) next.load<Config::kInPitch>(codes);
+    uint16_t inputs[kBatch][3] = {};
+    if (work_.units.count) {
+      const Convolution c = own_convolution();
+#pragma unroll
+      for (int b = 0; b < kBatch; ++b) {
+        if (b >= d_.batch) break;
+#pragma unroll
+        for (int i = 0; i < 3; ++i) inputs[b][i] = input(c, b, i);
+        older_[b] = convolve_older(c, inputs[b]);
+      }
+      if (layer > 0) store_kept(layer - 1);
+    }
+#pragma unroll
+    for (int b = 0; b < kBatch; ++b) kept_[b][0] = inputs[b][1], kept_[b][1] = inputs[b][2];
 
     X span;
     if (has_span()) {
@@ -77,28 +93,26 @@ class Step : Worker<Config> {
         squares[b] = dot(x[b], x[b]);
         x[b] = x[b] * norm;
       }
+      lane_sums<32>(squares);
       X::template set<1>(&span, x, scales, staging());
       put_stats(p_.x_stats, squares, scales);
     }
 
-    const uint8_t* codes =
-        in_.acquire() + lane_ / 4 * Config::kInPitch + warp_ * (Decode::kSpan / 4) + lane_ % 4 * 8;
-    const auto tile = [&](const uint8_t* codes, int row) {
+    const auto tile = [&](int row, bool last) {
+      const CodesOfTile now = next;
+      if (!last) next.load<Config::kInPitch>(codes += kTileBytes);
       int32_t sums[X::kTiles][2];
-      span.template multiply<Config::kInPitch>(sums, codes);
+      span.multiply(sums, now);
       put(in_sums(row) + warp_ * kBatch, Config::kSumsPitch, sums);
     };
-    constexpr int kTileBytes = Decode::kTileRows * Config::kInPitch;
     if (work_.shared_tile >= 0) {
-      if (has_span()) tile(codes, 0);
-      codes += kTileBytes;
-      sync();
-      if (2 * warp_ < Decode::kTileRows) finish_shared(layer);
+      if (has_span()) tile(0, work_.units.count == 0);
+      hand_over(Meeting::shared, Config::kWarps);
     }
     if (has_span()) {
 #pragma unroll 2
-      for (int unit = 0; unit < work_.units.count; ++unit, codes += kTileBytes)
-        tile(codes, (unit + 1) * Decode::kTileRows);
+      for (int unit = 0; unit < work_.units.count; ++unit)
+        tile((unit + 1) * Decode::kTileRows, unit + 1 == work_.units.count);
     }
     sync();
   }
@@ -120,46 +134,6 @@ class Step : Worker<Config> {
     for (int b = 0; b < kBatch; ++b)
       from[b] = last.x + min(b, d_.batch - 1) * Config::kModel + warp_ * Decode::kSpan + 4 * lane_;
     receive(x, from, last.epoch);
-  }
-
-  // Finishes a row of B, C or dt a half warp.
-  __device__ void finish_shared(int layer) const {
-    const int index = shared_row(), head = index - 2 * Decode::kStateSize;
-    const uint16_t* scales = in_scales(2 * work_.units.count * Decode::kUnit + own_);
-    const float* stats = this->template shared<float>(p_.x_stats) + Config::kWarps * kBatch;
-    const Convolution c = {.weight = p_.at.shared_weight,
-                           .bias = p_.at.shared_bias,
-                           .inputs = p_.at.shared_inputs,
-                           .channel = own_,
-                           .channels = Decode::kTileRows,
-                           .row = Config::kInner + index};
-    const int at = min(max(head, 0), d_.heads - 1);
-    const float dt_bias = this->template param<float>(p_.at.dt_bias)[at],
-                A = this->template param<float>(p_.at.A)[at];
-    float values[kBatch];
-#pragma unroll
-    for (int b = 0; b < kBatch; ++b) {
-      if (b >= d_.batch) break;
-      float v[3] = {total(in_sums(own_), stats, scales, one_scale_, in_group_, b), squares(p_.x_stats, b),
-                    convolve_older(c, b)};
-      lane_sums<16>(v);
-      const float value = v[0] * factor(v[1], Config::kModel);
-      const float mixed = convolve(c, v[2], value);
-      float dt = value + dt_bias;
-      dt = softplus_fast(dt);
-      dt = fminf(fmaxf(dt, d_.dt_min), d_.dt_max);
-      const float decay = __expf(fminf(dt * A, 0));
-      if (sixteenth_ == 0)
-        this->template shared<float2>(p_.sent_shared)[b * Decode::kTileRows + own_] = {head < 0 ? mixed : dt,
-                                                                                       decay};
-      values[b] = value;
-    }
-    hand_over(Meeting::shared, Decode::kTileRows / 2);
-#pragma unroll
-    for (int b = 0; b < kBatch; ++b) {
-      if (b >= d_.batch) break;
-      if (head < 0) shift(c, layer, b, values[b]);
-    }
   }
 
   __device__ void update(int layer) {
@@ -203,16 +177,19 @@ class Step : Worker<Config> {
     }
   }
 
-  // What a channel keeps, once y has come: 2 MB of stores from all blocks at once would be ahead of y on its
-  // way.
+  // What a channel keeps of a layer, while the next one waits for x: 2 MB of stores from all blocks at once
+  // are ahead of everything behind them.
   __device__ void store_kept(int layer) const {
     if (!has_channel_) return;
-    const Convolution c = own_convolution();
 #pragma unroll
     for (int b = 0; b < kBatch; ++b) {
       if (b >= d_.batch) break;
       store_state(state_[b], layer, b);
-      shift(c, layer, b, newest_[b]);
+      if (sixteenth_ < 3)
+        this->input_in_memory(layer, b, sixteenth_, channel_) =
+            sixteenth_ == 0   ? kept_[b][0]
+            : sixteenth_ == 1 ? kept_[b][1]
+                              : static_cast<uint16_t>(narrow(newest_[b], is_half_));
     }
   }
 
@@ -261,21 +238,31 @@ class Step : Worker<Config> {
   }
 
   __device__ void project_out(int layer, const Region& here) {
-    if (!work_.outs) return store_kept(layer);
+    if (!work_.outs) return;
     float one_scale = 0;
     if (d_.out_one_scale) one_scale = widen(static_cast<const uint16_t*>(d_.out_scales)[layer], half_scales_);
-    X spans[Decode::kExpand];
-    if (has_span()) receive_y(here, spans);
-    store_kept(layer);
     const uint8_t* item = out_.acquire();
     if (has_span()) {
       const uint8_t* codes =
           item + lane_ / 4 * Config::kOutPitch + warp_ * (Decode::kSpan / 4) + lane_ % 4 * 8;
-      for (int i = 0; i < work_.outs; ++i, codes += Decode::kTileRows * Config::kOutPitch) {
+      CodesOfTile next[Decode::kExpand];
+      const auto load = [&] {
+#pragma unroll
+        for (int part = 0; part < Decode::kExpand; ++part)
+          next[part].load<Config::kOutPitch>(codes + part * (Config::kModel / 4));
+      };
+      load();
+      X spans[Decode::kExpand];
+      receive_y(here, spans);
+      for (int i = 0; i < work_.outs; ++i) {
+        if (i > 0) {
+          codes += Decode::kTileRows * Config::kOutPitch;
+          load();
+        }
 #pragma unroll
         for (int part = 0; part < Decode::kExpand; ++part) {
           int32_t sums[X::kTiles][2];
-          spans[part].template multiply<Config::kOutPitch>(sums, codes + part * (Config::kModel / 4));
+          spans[part].multiply(sums, next[part]);
           put(out_sums(i * Decode::kTileRows, part) + warp_ * kBatch, Decode::kExpand * Config::kSumsPitch,
               sums);
         }
@@ -328,26 +315,33 @@ class Step : Worker<Config> {
       squares[i % kBatch] += dot(y[i], y[i]);
       y[i] = y[i] * norm[i / kBatch];
     }
+    lane_sums<32>(squares);
     X::template set<Decode::kExpand>(spans, y, scales, staging());
     put_stats(p_.y_stats, squares, scales);
   }
+
+  float older_[kBatch];       // of the channel's convolution, without the newest input
+  float newest_[kBatch];      // the newest input,
+  uint16_t kept_[kBatch][2];  // and those before that are kept
+  float4 state_[kBatch][2];   // the channel's, as it is to be stored
 };
 
 template <class Config>
 __global__ void __launch_bounds__(32 * (Config::kWarps + 2), 1)
     decode_kernel(const __grid_constant__ StepArgs a) {
   if (threadIdx.x == 0) {
-    QueueEnd(a.plan, 0, a.plan.params).init(Config::kWarps);
-    QueueEnd(a.plan, 1, a.plan.in).init(Config::kWarps);
+    QueueEnd(a.plan, 0, a.plan.params).init(Config::kWarps + 1);
+    QueueEnd(a.plan, 1, a.plan.in).init(Config::kWarps + 1);
     QueueEnd(a.plan, 2, a.plan.states).init(Config::kWarps);
     QueueEnd(a.plan, 3, a.plan.out).init(Config::kWarps);
     fence_barriers();
   }
   __syncthreads();
+  launch_dependents();  // they find room when this block is done
   if (warp_index() == Config::kWarps) {
     Loader<Config>(a).run();
   } else if (warp_index() == Config::kWarps + 1) {
-    run_exchange<Config>(a);
+    Messenger<Config>(a).run();
   } else {
     Step<Config>(a).run();
   }

@@ -3,7 +3,7 @@
 
 #include "kernels/sm90/common/math.cuh"
 #include "kernels/sm90/common/types.cuh"
-#include "kernels/sm90/decode/messages.cuh"
+#include "kernels/sm90/decode/load.cuh"
 #include "kernels/sm90/decode/product.cuh"
 
 namespace ternary::sm90 {
@@ -70,10 +70,9 @@ class Worker {
   static constexpr int kRounds = (Config::kSpans + 15) / 16;  // of a half warp over the spans
   using X = SpanOfX<kBatch>;
 
-  // The convolution of a half warp's channel: `channel` of `channels` whose parameters lie at these places,
-  // `row` of all. Lane i < 3 has input i, the oldest first; lane 3 the bias.
+  // The convolution of a channel: `channel` of `channels` whose parameters lie at these places.
   struct Convolution {
-    int weight, bias, inputs, channel, channels, row;
+    int weight, bias, inputs, channel, channels;
   };
 
   template <class T>
@@ -157,8 +156,7 @@ class Worker {
 
   // What the others need to know of the warp's spans.
   template <int n>
-  __device__ void put_stats(int stats, float (&squares)[kBatch], const float (&scales)[n]) const {
-    lane_sums<32>(squares);
+  __device__ void put_stats(int stats, const float (&squares)[kBatch], const float (&scales)[n]) const {
 #pragma unroll
     for (int b = 0; b < kBatch; ++b) {
       if (lane_ == 0) {
@@ -176,31 +174,28 @@ class Worker {
             .bias = p_.at.bias,
             .inputs = p_.at.inputs,
             .channel = has_channel_ ? own_ : 0,
-            .channels = work_.units.count * Decode::kUnit,
-            .row = channel_};
+            .channels = work_.units.count * Decode::kUnit};
   }
-  // A lane's part of the sum, without the newest input.
-  __device__ float convolve_older(const Convolution& c, int b) const {
-    float v = 0;
-    if (sixteenth_ < 3) v = widen(weight(c, sixteenth_), is_half_) * widen(input(c, b, sixteenth_), is_half_);
-    if (sixteenth_ == 3 && d_.conv_bias) v = widen(param<uint16_t>(c.bias)[c.channel], is_half_);
+  // Its sum without the newest input. inputs: as they are kept, the oldest first.
+  __device__ float convolve_older(const Convolution& c, const uint16_t (&inputs)[3]) const {
+    float v = d_.conv_bias ? widen(param<uint16_t>(c.bias)[c.channel], is_half_) : 0;
+#pragma unroll
+    for (int i = 0; i < 3; ++i) v += widen(weight(c, i), is_half_) * widen(inputs[i], is_half_);
     return v;
   }
   // The channel's new value.
   __device__ float convolve(const Convolution& c, float older, float x) const {
     return silu_fast(older + widen(weight(c, 3), is_half_) * x);
   }
-  // Its inputs move up by one.
-  __device__ void shift(const Convolution& c, int layer, int b, float x) const {
-    if (sixteenth_ < 3)
-      static_cast<uint16_t*>(
-          d_.conv_state)[((int64_t{layer} * d_.batch + b) * 3 + sixteenth_) * Config::kChannels + c.row] =
-          static_cast<uint16_t>(sixteenth_ < 2 ? input(c, b, sixteenth_ + 1) : narrow(x, is_half_));
+  // Input i of a channel of all, the oldest first.
+  __device__ uint16_t& input_in_memory(int layer, int b, int i, int row) const {
+    return static_cast<uint16_t*>(
+        d_.conv_state)[((int64_t{layer} * d_.batch + b) * 3 + i) * Config::kChannels + row];
   }
   __device__ uint32_t weight(const Convolution& c, int i) const {
     return param<uint16_t>(c.weight)[c.channel * Decode::kConvWidth + i];
   }
-  __device__ uint32_t input(const Convolution& c, int b, int i) const {
+  __device__ uint16_t input(const Convolution& c, int b, int i) const {
     return param<uint16_t>(c.inputs)[(b * 3 + i) * c.channels + c.channel];
   }
 
@@ -212,9 +207,6 @@ class Worker {
   __device__ int32_t* in_sums(int row) const {
     return shared<int32_t>(p_.in_sums) + row * Config::kSumsPitch;
   }
-
-  // The half warp's row of B, C or dt, behind those of z and x.
-  __device__ int shared_row() const { return work_.shared_tile * Decode::kTileRows + own_; }
 
   __device__ int32_t* out_sums(int row, int part) const {
     return shared<int32_t>(p_.out_sums) + (row * Decode::kExpand + part) * Config::kSumsPitch;
@@ -232,9 +224,6 @@ class Worker {
   bool has_channel_;
   int in_group_[kRounds], out_group_[Decode::kExpand][kRounds];  // of the scales, of a lane's spans
   float one_scale_ = 0;
-  float older_[kBatch];      // of the channel's convolution, without the newest input
-  float newest_[kBatch];     // the newest input
-  float4 state_[kBatch][2];  // the channel's, as it is to be stored
 };
 
 }  // namespace ternary::sm90

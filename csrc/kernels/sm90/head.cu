@@ -1,0 +1,238 @@
+// The norm and the head of a few tokens, as fast as the table comes from memory. A block an SM has tiles of
+// 16 rows of the table, which the copy engine brings to a ring in shared memory: as many bytes under way as
+// there is room for, the first of them before the kernel before this one is done. Each warp multiplies every
+// 16th 32 columns of a tile on the tensor cores; their sums meet in shared memory and are added in a fixed
+// order.
+#include <cuda_runtime.h>
+
+#include <algorithm>
+
+#include "kernels/head.h"
+#include "kernels/sm90/common/launch.cuh"
+#include "kernels/sm90/common/ptx.cuh"
+#include "kernels/sm90/common/types.cuh"
+
+namespace ternary {
+namespace sm90 {
+
+struct Head {
+  static constexpr int kWarps = 16;  // that multiply; one more loads
+  static constexpr int kRows = 16;   // of a tile
+  static constexpr int kMaxStages = 6;
+  static constexpr int kTokens = HeadArgs::kTokens, kStep = HeadArgs::kStep;
+  static constexpr int kSharedBytes = 227 * 1024;  // of a block, at most
+};
+
+struct HeadLaunch {
+  HeadArgs args;
+  int stages;
+};
+
+// In shared memory before x and the stages.
+struct HeadShared {
+  uint64_t full[Head::kMaxStages], empty[Head::kMaxStages];
+  float sums[2][Head::kWarps][Head::kRows][Head::kTokens];
+};
+
+// Bytes of a row: an access of a quarter or half of a warp, of two or four rows, meets each bank once.
+template <class Weight>
+__host__ __device__ constexpr int pitch_of(int d) {
+  return (d + Head::kStep) * static_cast<int>(sizeof(Weight));
+}
+
+// Four int8 as two pairs of halves: the byte + 128 is put behind a one of its own place, which is taken off.
+template <class Element>
+__device__ uint2 widen_bytes(uint32_t word) {
+  const uint32_t biased = word ^ 0x80808080;
+  if constexpr (std::is_same_v<Element, __half>) {
+    uint32_t pairs[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const uint32_t pair = __byte_perm(biased, 0x64646464, i ? 0x4342 : 0x4140);
+      const __half2 v = __hsub2(*reinterpret_cast<const __half2*>(&pair), __float2half2_rn(1024 + 128));
+      pairs[i] = *reinterpret_cast<const uint32_t*>(&v);
+    }
+    return {pairs[0], pairs[1]};
+  } else {
+    float v[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      v[i] = __uint_as_float(__byte_perm(biased, 0x4B000000, 0x7440 + i)) - (8388608.0f + 128);
+    return {pack_floats<Element>(v[0], v[1]), pack_floats<Element>(v[2], v[3])};
+  }
+}
+
+// A lane's 8 columns of a row of the table, as pairs.
+template <class Element, class Weight>
+__device__ uint4 load_weights(const uint8_t* from) {
+  if constexpr (sizeof(Weight) == 2) {
+    return *reinterpret_cast<const uint4*>(from);
+  } else {
+    const uint2 words = *reinterpret_cast<const uint2*>(from);
+    const uint2 low = widen_bytes<Element>(words.x), high = widen_bytes<Element>(words.y);
+    return {low.x, low.y, high.x, high.y};
+  }
+}
+
+// RMSNorm of the tokens, a warp each; zeros for those that are not there.
+template <class Element>
+__device__ void normalize(const HeadArgs& a, int64_t first, uint8_t* smem_x) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int64_t token = first + warp;
+  if (warp >= Head::kTokens) return;
+  auto* to = reinterpret_cast<uint2*>(smem_x + warp * pitch_of<Element>(a.d));
+  if (token >= a.m) {
+    for (int i = lane; i < a.d / 4; i += 32) to[i] = {};
+    return;
+  }
+  const auto* x = reinterpret_cast<const float4*>(a.hidden + token * a.d);
+  const auto* norm = static_cast<const Element*>(a.norm);
+  float squares = 0;
+#pragma unroll 8
+  for (int i = lane; i < a.d / 4; i += 32) {
+    const float4 v = x[i];
+    squares += v.x * v.x + v.y * v.y + v.z * v.z + v.w * v.w;
+  }
+  for (int lanes = 16; lanes > 0; lanes /= 2) squares += __shfl_xor_sync(~0u, squares, lanes);
+  const float factor = rsqrtf(squares / static_cast<float>(a.d) + a.eps);
+#pragma unroll 8
+  for (int i = lane; i < a.d / 4; i += 32) {
+    const float4 v = x[i];
+    float w[4];
+    to_floats(w, load_words<Element, 4>(norm + 4 * i));
+    to[i] = {pack_floats<Element>(v.x * factor * w[0], v.y * factor * w[1]),
+             pack_floats<Element>(v.z * factor * w[2], v.w * factor * w[3])};
+  }
+}
+
+template <class Element, class Weight>
+__global__ void __launch_bounds__(32 * (Head::kWarps + 1), 1)
+    head_kernel(const __grid_constant__ HeadLaunch launch) {
+  extern __shared__ __align__(128) uint8_t smem_bytes[];
+  const HeadArgs& a = launch.args;
+  auto& smem = *reinterpret_cast<HeadShared*>(smem_bytes);
+  const int pitch = pitch_of<Weight>(a.d), x_pitch = pitch_of<Element>(a.d);
+  uint8_t* const smem_x = smem_bytes + sizeof(HeadShared);
+  uint8_t* const stages = smem_x + Head::kTokens * x_pitch;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int64_t tiles = (a.v + Head::kRows - 1) / Head::kRows;
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < launch.stages; ++i) {
+      init_barrier(&smem.full[i], 1);
+      init_barrier(&smem.empty[i], Head::kWarps);
+    }
+    fence_barriers();
+  }
+  __syncthreads();
+  launch_dependents();
+
+  if (warp == Head::kWarps) {
+    int64_t count = 0;
+    for (int64_t first = 0; first < a.m; first += Head::kTokens)
+      for (int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x, ++count) {
+        const int stage = static_cast<int>(count % launch.stages);
+        const int64_t row = tile * Head::kRows, round = count / launch.stages;
+        const int rows = static_cast<int>(min(int64_t{Head::kRows}, a.v - row));
+        const int bytes = a.d * static_cast<int>(sizeof(Weight));
+        if (lane == 0) {
+          if (round > 0) wait_for_phase(&smem.empty[stage], (round - 1) % 2);
+          set_expected_bytes(&smem.full[stage], rows * bytes);
+        }
+        __syncwarp();
+        if (lane < rows)
+          copy_run_async(stages + (stage * Head::kRows + lane) * pitch,
+                         static_cast<const uint8_t*>(a.table) + (row + lane) * bytes, bytes,
+                         &smem.full[stage]);
+      }
+    return;
+  }
+
+  wait_for_prerequisites();
+  const int group = lane / 4, quad = lane % 4;
+  const int steps = a.d / Head::kStep;
+  // Of the sums: two threads add up a logit, of every second warp each.
+  static_assert(2 * Head::kRows * Head::kTokens == 32 * Head::kWarps / 2);
+  const int part = threadIdx.x % 2, of_tokens = threadIdx.x / 2 % Head::kTokens;
+  const int of_tile = threadIdx.x / (2 * Head::kTokens) % Head::kRows;
+  const auto scale_of = [&](int64_t tile) {
+    const int64_t row = tile * Head::kRows + of_tile;
+    return sizeof(Weight) == 1 && row < a.v ? load_float(a.scale, a.scale_type, row) : 1.0f;
+  };
+  auto* logits = static_cast<Element*>(a.logits);
+  int64_t count = 0;
+  for (int64_t first = 0; first < a.m; first += Head::kTokens) {
+    if (first > 0) sync_threads(1, 32 * Head::kWarps);  // x of the tokens before is read
+    normalize<Element>(a, first, smem_x);
+    sync_threads(1, 32 * Head::kWarps);
+    float scales[2] = {scale_of(blockIdx.x), scale_of(int64_t{blockIdx.x} + gridDim.x)};
+    for (int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x, ++count) {
+      const int stage = static_cast<int>(count % launch.stages);
+      const int64_t row = tile * Head::kRows + of_tile;
+      const float scale = scales[0];  // asked for two tiles ago: memory answers late
+      scales[0] = scales[1];
+      scales[1] = scale_of(tile + 2 * int64_t{gridDim.x});
+      wait_for_phase(&smem.full[stage], count / launch.stages % 2);
+      const uint8_t* w = stages + (stage * Head::kRows + group) * pitch + quad * 8 * sizeof(Weight);
+      const uint8_t* x = smem_x + group * x_pitch + quad * 8 * sizeof(Element);
+      float sums[2][4] = {};
+#pragma unroll 4
+      for (int step = warp; step < steps; step += Head::kWarps) {
+        const int at = step * Head::kStep;
+        const uint4 upper = load_weights<Element, Weight>(w + at * sizeof(Weight));
+        const uint4 lower = load_weights<Element, Weight>(w + 8 * pitch + at * sizeof(Weight));
+        const uint4 b = *reinterpret_cast<const uint4*>(x + at * sizeof(Element));
+        mma_m16n8k16<Element>(sums[0], {upper.x, lower.x, upper.y, lower.y}, b.x, b.y);
+        mma_m16n8k16<Element>(sums[1], {upper.z, lower.z, upper.w, lower.w}, b.z, b.w);
+      }
+      release(&smem.empty[stage]);
+      auto& place = smem.sums[count % 2];
+#pragma unroll
+      for (int i = 0; i < 2; ++i)
+        *reinterpret_cast<float2*>(&place[warp][group + 8 * i][2 * quad]) = {
+            sums[0][2 * i] + sums[1][2 * i], sums[0][2 * i + 1] + sums[1][2 * i + 1]};
+      sync_threads(1, 32 * Head::kWarps);
+      if (warp >= Head::kWarps / 2) continue;
+      float sum = 0;
+#pragma unroll
+      for (int i = 0; i < Head::kWarps; i += 2) sum += place[i + part][of_tile][of_tokens];
+      sum += __shfl_xor_sync(~0u, sum, 1);
+      const int64_t token = first + of_tokens;
+      if (part == 0 && row < a.v && token < a.m) logits[token * a.v + row] = from_float<Element>(sum * scale);
+    }
+  }
+}
+
+template <class Element, class Weight>
+static cudaError_t launch_head(const HeadArgs& args, cudaStream_t stream) {
+  int sms = 0;
+  cudaError_t error = count_sms(&sms);
+  if (error != cudaSuccess) return error;
+  const int before = sizeof(HeadShared) + Head::kTokens * pitch_of<Element>(args.d);
+  const int stage = Head::kRows * pitch_of<Weight>(args.d);
+  const int stages = std::min((Head::kSharedBytes - before) / stage, Head::kMaxStages);
+  if (stages < 1) return cudaErrorInvalidValue;
+  const int bytes = before + stages * stage;
+  error =
+      cudaFuncSetAttribute(head_kernel<Element, Weight>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  if (error != cudaSuccess) return error;
+  const int64_t tiles = (args.v + Head::kRows - 1) / Head::kRows;
+  return launch_overlapping(head_kernel<Element, Weight>, HeadLaunch{args, stages},
+                            static_cast<unsigned>(std::min<int64_t>(tiles, sms)), 32 * (Head::kWarps + 1),
+                            stream, bytes);
+}
+
+template <class Element>
+static cudaError_t launch_head_of(const HeadArgs& args, cudaStream_t stream) {
+  return args.scale ? launch_head<Element, int8_t>(args, stream)
+                    : launch_head<Element, Element>(args, stream);
+}
+
+}  // namespace sm90
+
+int head_sm90(const HeadArgs& args, CUstream_st* stream) {
+  if (args.m == 0 || args.v == 0) return cudaSuccess;
+  return args.type == DType::f16 ? sm90::launch_head_of<__half>(args, stream)
+                                 : sm90::launch_head_of<__nv_bfloat16>(args, stream);
+}
+
+}  // namespace ternary
