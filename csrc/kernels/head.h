@@ -24,6 +24,7 @@ struct HeadArgs {
   static constexpr int kTokens = 8;  // read the table once
   static constexpr int kStep = 32;
   static constexpr int kMaxDim = 4416;  // for which a tile of 16 bits finds room in shared memory
+  static constexpr int64_t kMaxRows = 1 << 19;  // for whose scales there is room too
 };
 
 int head_sm90(const HeadArgs& args, CUstream_st* stream);  // returns a cudaError_t

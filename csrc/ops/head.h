@@ -22,6 +22,8 @@ Tensor head(const Tensor& hidden, const Tensor& norm, const Tensor& table, const
   STD_TORCH_CHECK(d > 0 && d % HeadArgs::kStep == 0 && d <= HeadArgs::kMaxDim,
                   "head on this device serves rows of a multiple of ", HeadArgs::kStep, " up to ",
                   HeadArgs::kMaxDim, "; found ", d);
+  STD_TORCH_CHECK(v <= HeadArgs::kMaxRows, "head on this device serves tables of up to ", HeadArgs::kMaxRows,
+                  " rows; found ", v);
   const auto check = [&](const Tensor& t, const char* name) {
     check_device(t, hidden, name);
     check_contiguous(t, name);

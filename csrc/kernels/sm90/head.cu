@@ -25,10 +25,10 @@ struct Head {
 
 struct HeadLaunch {
   HeadArgs args;
-  int stages;
+  int stages, tiles;  // of a block, at most
 };
 
-// In shared memory before x and the stages.
+// In shared memory before the scales of the block's tiles, x and the stages.
 struct HeadShared {
   uint64_t full[Head::kMaxStages], empty[Head::kMaxStages];
   float sums[2][Head::kWarps][Head::kRows][Head::kTokens];
@@ -38,6 +38,12 @@ struct HeadShared {
 template <class Weight>
 __host__ __device__ constexpr int pitch_of(int d) {
   return (d + Head::kStep) * static_cast<int>(sizeof(Weight));
+}
+
+// Bytes of the scales of a block's tiles.
+template <class Weight>
+__host__ __device__ constexpr int scale_bytes(int tiles) {
+  return sizeof(Weight) == 1 ? tiles * Head::kRows * static_cast<int>(sizeof(float)) : 0;
 }
 
 // Four int8 as two pairs of halves: the byte + 128 is put behind a one of its own place, which is taken off.
@@ -112,7 +118,8 @@ __global__ void __launch_bounds__(32 * (Head::kWarps + 1), 1)
   const HeadArgs& a = launch.args;
   auto& smem = *reinterpret_cast<HeadShared*>(smem_bytes);
   const int pitch = pitch_of<Weight>(a.d), x_pitch = pitch_of<Element>(a.d);
-  uint8_t* const smem_x = smem_bytes + sizeof(HeadShared);
+  float* const smem_scales = reinterpret_cast<float*>(smem_bytes + sizeof(HeadShared));
+  uint8_t* const smem_x = smem_bytes + sizeof(HeadShared) + scale_bytes<Weight>(launch.tiles);
   uint8_t* const stages = smem_x + Head::kTokens * x_pitch;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int64_t tiles = (a.v + Head::kRows - 1) / Head::kRows;
@@ -147,6 +154,12 @@ __global__ void __launch_bounds__(32 * (Head::kWarps + 1), 1)
     return;
   }
 
+  // The scales are asked for with the first weights: later ones would wait behind all that is under way.
+  if (sizeof(Weight) == 1)
+    for (int i = threadIdx.x; i < launch.tiles * Head::kRows; i += 32 * Head::kWarps) {
+      const int64_t row = (blockIdx.x + int64_t{i / Head::kRows} * gridDim.x) * Head::kRows + i % Head::kRows;
+      smem_scales[i] = row < a.v ? load_float(a.scale, a.scale_type, row) : 0;
+    }
   wait_for_prerequisites();
   const int group = lane / 4, quad = lane % 4;
   const int steps = a.d / Head::kStep;
@@ -154,23 +167,16 @@ __global__ void __launch_bounds__(32 * (Head::kWarps + 1), 1)
   static_assert(2 * Head::kRows * Head::kTokens == 32 * Head::kWarps / 2);
   const int part = threadIdx.x % 2, of_tokens = threadIdx.x / 2 % Head::kTokens;
   const int of_tile = threadIdx.x / (2 * Head::kTokens) % Head::kRows;
-  const auto scale_of = [&](int64_t tile) {
-    const int64_t row = tile * Head::kRows + of_tile;
-    return sizeof(Weight) == 1 && row < a.v ? load_float(a.scale, a.scale_type, row) : 1.0f;
-  };
   auto* logits = static_cast<Element*>(a.logits);
   int64_t count = 0;
   for (int64_t first = 0; first < a.m; first += Head::kTokens) {
     if (first > 0) sync_threads(1, 32 * Head::kWarps);  // x of the tokens before is read
     normalize<Element>(a, first, smem_x);
     sync_threads(1, 32 * Head::kWarps);
-    float scales[2] = {scale_of(blockIdx.x), scale_of(int64_t{blockIdx.x} + gridDim.x)};
-    for (int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x, ++count) {
+    int at_tile = 0;
+    for (int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x, ++at_tile, ++count) {
       const int stage = static_cast<int>(count % launch.stages);
       const int64_t row = tile * Head::kRows + of_tile;
-      const float scale = scales[0];  // asked for two tiles ago: memory answers late
-      scales[0] = scales[1];
-      scales[1] = scale_of(tile + 2 * int64_t{gridDim.x});
       wait_for_phase(&smem.full[stage], count / launch.stages % 2);
       const uint8_t* w = stages + (stage * Head::kRows + group) * pitch + quad * 8 * sizeof(Weight);
       const uint8_t* x = smem_x + group * x_pitch + quad * 8 * sizeof(Element);
@@ -197,7 +203,8 @@ __global__ void __launch_bounds__(32 * (Head::kWarps + 1), 1)
       for (int i = 0; i < Head::kWarps; i += 2) sum += place[i + part][of_tile][of_tokens];
       sum += __shfl_xor_sync(~0u, sum, 1);
       const int64_t token = first + of_tokens;
-      if (part == 0 && row < a.v && token < a.m) logits[token * a.v + row] = from_float<Element>(sum * scale);
+      if (sizeof(Weight) == 1) sum *= smem_scales[at_tile * Head::kRows + of_tile];
+      if (part == 0 && row < a.v && token < a.m) logits[token * a.v + row] = from_float<Element>(sum);
     }
   }
 }
@@ -207,7 +214,10 @@ static cudaError_t launch_head(const HeadArgs& args, cudaStream_t stream) {
   int sms = 0;
   cudaError_t error = count_sms(&sms);
   if (error != cudaSuccess) return error;
-  const int before = sizeof(HeadShared) + Head::kTokens * pitch_of<Element>(args.d);
+  const int64_t tiles = (args.v + Head::kRows - 1) / Head::kRows, blocks = std::min<int64_t>(tiles, sms);
+  const int64_t of_block = (tiles + blocks - 1) / blocks;
+  const int before = sizeof(HeadShared) + scale_bytes<Weight>(static_cast<int>(of_block)) +
+                     Head::kTokens * pitch_of<Element>(args.d);
   const int stage = Head::kRows * pitch_of<Weight>(args.d);
   const int stages = std::min((Head::kSharedBytes - before) / stage, Head::kMaxStages);
   if (stages < 1) return cudaErrorInvalidValue;
@@ -215,10 +225,9 @@ static cudaError_t launch_head(const HeadArgs& args, cudaStream_t stream) {
   error =
       cudaFuncSetAttribute(head_kernel<Element, Weight>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (error != cudaSuccess) return error;
-  const int64_t tiles = (args.v + Head::kRows - 1) / Head::kRows;
-  return launch_overlapping(head_kernel<Element, Weight>, HeadLaunch{args, stages},
-                            static_cast<unsigned>(std::min<int64_t>(tiles, sms)), 32 * (Head::kWarps + 1),
-                            stream, bytes);
+  return launch_overlapping(head_kernel<Element, Weight>,
+                            HeadLaunch{args, stages, static_cast<int>(of_block)},
+                            static_cast<unsigned>(blocks), 32 * (Head::kWarps + 1), stream, bytes);
 }
 
 template <class Element>

@@ -37,6 +37,7 @@ class Messenger : Worker<Config> {
   __device__ void run() {
     const uint32_t done = *a_.exchange.counter;
     const int first = work_.units.first * Decode::kUnit, channels = work_.units.count * Decode::kUnit;
+    const int y_place = place(first + lane_), x_place = place(work_.out_row(sixteenth_));
     for (int layer = 0; layer < d_.layers; ++layer) {
       const Region here = a_.exchange.region(done + layer, 0);
       if (work_.shared_tile >= 0) send_shared(layer, here);
@@ -45,20 +46,29 @@ class Messenger : Worker<Config> {
       if (channels) {
         receive_shared(first, channels, a_.exchange.region(done + layer));
         meet(Meeting::received, Config::kWarps);
+        // Where they go is found before they are there.
+        const float* y = this->template shared<float>(p_.sent_y) + lane_;
+        uint32_t* to = here.y + y_place;
         meet(Meeting::y, Config::kWarps);
-        const float* y = this->template shared<float>(p_.sent_y);
-        for (int b = 0; b < d_.batch; ++b)
-          for (int i = lane_; i < channels; i += 32)
-            send(a_.exchange, here.y + b * Config::kInner + place(first + i), y[b * channels + i],
-                 here.epoch);
+#pragma unroll
+        for (int b = 0; b < kBatch; ++b, to += Config::kInner, y += channels) {
+          if (b >= d_.batch) break;
+#pragma unroll
+          for (int i = 0; i < Decode::kUnit * kMaxUnits; i += 32)
+            if (i + lane_ < channels) send(a_.exchange, to + i, y[i], here.epoch);
+        }
       }
       if (work_.outs) {
+        const float* x = this->template shared<float>(p_.residual) + sixteenth_ * kBatch;
+        uint32_t* to = here.x + x_place;
         meet(Meeting::x, Config::kWarps);
-        const float* x = this->template shared<float>(p_.residual);
-        for (int b = 0; b < d_.batch; ++b)
-          for (int row = sixteenth_; row < work_.outs * Decode::kTileRows; row += Decode::kTileRows)
-            send<2>(a_.exchange, here.x + b * Config::kModel + place(work_.out_row(row)), x[row * kBatch + b],
-                    here.epoch, half_);
+        for (int i = 0; i < work_.outs; ++i) {
+#pragma unroll
+          for (int b = 0; b < kBatch; ++b)
+            if (b < d_.batch) send<2>(a_.exchange, to + b * Config::kModel, x[b], here.epoch, half_);
+          x += Decode::kTileRows * kBatch;
+          to += gridDim.x * Decode::kTileRows;
+        }
       }
       __syncwarp();
     }
@@ -67,7 +77,7 @@ class Messenger : Worker<Config> {
  private:
   using Base::a_, Base::d_, Base::p_, Base::work_, Base::lane_, Base::half_, Base::sixteenth_;
   using Base::factor, Base::in_scales, Base::in_sums, Base::convolve, Base::convolve_older, Base::input;
-  using Base::is_half_, Base::half_scales_, Base::params_, Base::in_, Base::kBatch;
+  using Base::is_half_, Base::half_scales_, Base::params_, Base::in_, Base::kBatch, Base::kMaxUnits;
   using typename Base::Convolution;
   static_assert(Config::kSpans % 2 == 0);
   static constexpr int kSpansOfLane = Config::kSpans / 2;
@@ -86,7 +96,7 @@ class Messenger : Worker<Config> {
                            .channels = Decode::kTileRows};
     float scales[kSpansOfLane], older[kBatch] = {}, dt_bias = 0, A = 0;
     const uint16_t* from = in_scales(2 * work_.units.count * Decode::kUnit + row_);
-    if (!from) from = static_cast<const uint16_t*>(d_.in_scales) + layer;
+    if (d_.in_one_scale) from = static_cast<const uint16_t*>(d_.in_scales) + layer;
 #pragma unroll
     for (int i = 0; i < kSpansOfLane; ++i) scales[i] = widen(from[group_[i]], half_scales_);
     uint16_t inputs[kBatch][3] = {};

@@ -24,12 +24,11 @@ struct CodesOfTile {
   }
 };
 
-// A span of x of kBatch rows as B. The columns are (row, byte); a lane's sums are those of row lane % 4 of
-// each tile of four.
+// A span of x of kBatch rows as B. The columns are (row, byte); a lane's sums are those of row lane % 4.
 template <int kBatch>
 struct SpanOfX {
-  static constexpr int kTiles = (kBatch + 3) / 4;
-  uint32_t b[kTiles][8];  // words 0 and 1 of a lane's codes, weights 3 - i, 7 - i, ... of each
+  static_assert(kBatch <= 4);
+  uint32_t b[8];  // words 0 and 1 of a lane's codes, weights 3 - i, 7 - i, ... of each
 
   // Sets n spans and the scales of their sums. values: of each row columns lane % 4 + {0, 4, 8, 12} of word
   // lane / 4. staging: n * kBatch * 256 bytes, the warp's own, which it
@@ -61,21 +60,21 @@ struct SpanOfX {
     }
     __syncwarp();
 #pragma unroll
-    for (int i = 0; i < n * kTiles; ++i) {
-      const int column = i % kTiles * 8 + lane / 4;
-      const uint4* from = reinterpret_cast<const uint4*>(
-          staging + (i / kTiles * 2 * kBatch + column) * Decode::kSpan + quad * 32);
+    for (int i = 0; i < n; ++i) {
+      const int column = lane / 4;
+      const uint4* from =
+          reinterpret_cast<const uint4*>(staging + (i * 2 * kBatch + column) * Decode::kSpan + quad * 32);
       uint4 low = {}, high = {};
       if (column < 2 * kBatch) low = from[0], high = from[1];
       const uint32_t words[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
 #pragma unroll
-      for (int j = 0; j < 8; ++j) spans[i / kTiles].b[i % kTiles][j] = words[j];
+      for (int j = 0; j < 8; ++j) spans[i].b[j] = words[j];
     }
   }
 
   // codes times x, times 64, for rows lane / 4 and lane / 4 + 8 of a tile.
-  __device__ void multiply(int32_t (&sums)[kTiles][2], const CodesOfTile& codes) const {
-    int32_t d[kTiles][4] = {};
+  __device__ void multiply(int32_t (&sums)[2], const CodesOfTile& codes) const {
+    int32_t d[4] = {};
 #pragma unroll
     for (int step = 0; step < 4; ++step) {
       const uint32_t first = step < 2 ? codes.row[0].x : codes.row[0].y;
@@ -84,14 +83,10 @@ struct SpanOfX {
       const auto weights = [](uint32_t word, int i) { return word << 2 * i & 0xC0C0C0C0; };
       const uint32_t a[4] = {weights(first, i), weights(second, i), weights(first, i + 1),
                              weights(second, i + 1)};
-#pragma unroll
-      for (int tile = 0; tile < kTiles; ++tile)
-        mma_m16n8k32(d[tile], a, b[tile][step / 2 * 4 + i], b[tile][step / 2 * 4 + i + 1]);
+      mma_m16n8k32(d, a, b[step / 2 * 4 + i], b[step / 2 * 4 + i + 1]);
     }
 #pragma unroll
-    for (int tile = 0; tile < kTiles; ++tile)
-#pragma unroll
-      for (int row = 0; row < 2; ++row) sums[tile][row] = d[tile][2 * row] * 256 + d[tile][2 * row + 1];
+    for (int row = 0; row < 2; ++row) sums[row] = d[2 * row] * 256 + d[2 * row + 1];
   }
 };
 

@@ -159,7 +159,7 @@ inline DecodePlan plan_decode(const DecodeShape& s, int sms) {
   place_params(p, s);
   // Two layers ahead if they fit, and as many states as do.
   const auto fits = [&](int in, int states, int out) {
-    p.params.depth = in;
+    p.params.depth = 2;  // the loader comes to the next layer by way of them
     p.in.depth = in;
     p.states.depth = states;
     p.out.depth = out;

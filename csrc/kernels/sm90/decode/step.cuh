@@ -30,13 +30,14 @@ class Step : Worker<Config> {
       params_.acquire();
       if (work_.in_tiles()) {
         project_in(layer, a_.exchange.region(done + layer - 1));
-        if (work_.units.count) update(layer);
-        in_.done();
+        if (work_.units.count)
+          update(layer);
+        else
+          in_.done();
       }
       project_out(layer, here);
       params_.done();
     }
-    if (work_.units.count) store_kept(d_.layers - 1);
     if (blockIdx.x == 0 && threadIdx.x == 0) *a_.exchange.counter = done + d_.layers;
   }
 
@@ -47,7 +48,7 @@ class Step : Worker<Config> {
   using Base::in_scales, Base::in_sums, Base::out_sums;
   using Base::is_half_, Base::half_scales_, Base::params_, Base::in_, Base::states_, Base::out_, Base::own_;
   using Base::kBatch, Base::staging, Base::has_span, Base::sync;
-  using Base::one_scale_, Base::put, Base::put_stats;
+  using Base::one_scale_, Base::kMaxUnits, Base::put, Base::put_stats;
   using Base::own_convolution, Base::convolve_older, Base::convolve, Base::input;
   using typename Base::Convolution, typename Base::X;
 
@@ -78,7 +79,6 @@ class Step : Worker<Config> {
         for (int i = 0; i < 3; ++i) inputs[b][i] = input(c, b, i);
         older_[b] = convolve_older(c, inputs[b]);
       }
-      if (layer > 0) store_kept(layer - 1);
     }
 #pragma unroll
     for (int b = 0; b < kBatch; ++b) kept_[b][0] = inputs[b][1], kept_[b][1] = inputs[b][2];
@@ -98,21 +98,24 @@ class Step : Worker<Config> {
       put_stats(p_.x_stats, squares, scales);
     }
 
+    int32_t* to = in_sums(0) + warp_ * kBatch;
     const auto tile = [&](int row, bool last) {
       const CodesOfTile now = next;
       if (!last) next.load<Config::kInPitch>(codes += kTileBytes);
-      int32_t sums[X::kTiles][2];
+      int32_t sums[2];
       span.multiply(sums, now);
-      put(in_sums(row) + warp_ * kBatch, Config::kSumsPitch, sums);
+      this->template put<Config::kSumsPitch>(to + row * Config::kSumsPitch, sums);
     };
     if (work_.shared_tile >= 0) {
       if (has_span()) tile(0, work_.units.count == 0);
       hand_over(Meeting::shared, Config::kWarps);
     }
     if (has_span()) {
-#pragma unroll 2
-      for (int unit = 0; unit < work_.units.count; ++unit)
+#pragma unroll
+      for (int unit = 0; unit < kMaxUnits; ++unit) {
+        if (unit >= work_.units.count) break;
         tile((unit + 1) * Decode::kTileRows, unit + 1 == work_.units.count);
+      }
     }
     sync();
   }
@@ -144,37 +147,41 @@ class Step : Worker<Config> {
     const uint16_t* z_scales = in_scales(local);
     const uint16_t* x_scales = in_scales(work_.units.count * Decode::kUnit + local);
     const Convolution c = own_convolution();
-    float z[kBatch], x[kBatch];
+    float gate[kBatch], x[kBatch];
     if (works) {
 #pragma unroll
       for (int b = 0; b < kBatch; ++b) {
         if (b >= d_.batch) break;
-        float v[3] = {total(in_sums(row), stats, z_scales, one_scale_, in_group_, b),
-                      total(in_sums(row + Decode::kUnit), stats, x_scales, one_scale_, in_group_, b),
-                      squares(p_.x_stats, b)};
+        float v[3] = {
+            total(in_sums(row), stats, z_scales, d_.in_one_scale, one_scale_, in_group_, b),
+            total(in_sums(row + Decode::kUnit), stats, x_scales, d_.in_one_scale, one_scale_, in_group_, b),
+            squares(p_.x_stats, b)};
         lane_sums<16>(v);
         const float scale = factor(v[2], Config::kModel);
-        z[b] = v[0] * scale;
+        gate[b] = silu_fast(v[0] * scale);
         x[b] = convolve(c, older_[b], v[1] * scale);
         newest_[b] = v[1] * scale;
       }
+    }
+    in_.done();
+#pragma unroll
+    for (int b = 0; b < kBatch; ++b) {
+      if (b >= d_.batch) break;
+      const uint8_t* states = states_.acquire();
+      if (works) load_state(state_[b], states, local);
+      states_.done();
     }
     const float skip = this->template param<float>(p_.at.D)[first_head_ + head_];
     meet(Meeting::received, Config::kWarps);
 #pragma unroll
     for (int b = 0; b < kBatch; ++b) {
-      if (b >= d_.batch) break;
-      const uint8_t* states = states_.acquire();
-      float4(&h)[2] = state_[b];
-      if (works) {
-        const float y = advance(h, states, local, b, x[b]);
-        if (has_channel_ && sixteenth_ == 0)
-          this->template shared<float>(p_.sent_y)[b * work_.units.count * Decode::kUnit + own_] =
-              (y + skip * x[b]) * silu_fast(z[b]);
-      }
-      if (b + 1 == d_.batch) hand_over(Meeting::y, Config::kWarps);
-      states_.done();
+      if (b >= d_.batch || !works) break;
+      const float y = advance(state_[b], b, x[b]);
+      if (has_channel_ && sixteenth_ == 0)
+        this->template shared<float>(p_.sent_y)[b * work_.units.count * Decode::kUnit + own_] =
+            (y + skip * x[b]) * gate[b];
     }
+    hand_over(Meeting::y, Config::kWarps);
   }
 
   // What a channel keeps of a layer, while the next one waits for x: 2 MB of stores from all blocks at once
@@ -193,25 +200,31 @@ class Step : Worker<Config> {
     }
   }
 
-  // One channel's state: h = decay h + dt x B, this lane's columns and those 64 further; returns h C.
-  __device__ float advance(float4 (&h)[2], const uint8_t* states, int local, int b, float x) const {
+  // A lane's columns of a channel's state, and those 64 further.
+  __device__ void load_state(float4 (&h)[2], const uint8_t* states, int local) const {
     const int from = local * Decode::kStateSize + 4 * sixteenth_;
+    const bool is_half = d_.state_type == DType::f16;
+#pragma unroll
+    for (int part = 0; part < 2; ++part) {
+      if (d_.state_type == DType::f32) {
+        h[part] = reinterpret_cast<const float4*>(states)[from / 4 + 16 * part];
+      } else {
+        const uint2 bits = reinterpret_cast<const uint2*>(states)[from / 4 + 16 * part];
+        h[part] = {widen(bits.x & 0xFFFF, is_half), widen(bits.x >> 16, is_half),
+                   widen(bits.y & 0xFFFF, is_half), widen(bits.y >> 16, is_half)};
+      }
+    }
+  }
+
+  // h = decay h + dt x B; returns h C.
+  __device__ float advance(float4 (&h)[2], int b, float x) const {
     const float2 step = this->template shared<float2>(p_.steps)[b * Decode::kMaxHeads + head_];
     const float4* in = this->template shared<float4>(p_.shared) + b * (Decode::kStateSize / 2) + sixteenth_;
     const float decay = step.y, input = step.x * x;
     float y[1] = {};
 #pragma unroll
     for (int part = 0; part < 2; ++part) {
-      const float4 B = in[16 * part], C = in[Decode::kStateSize / 4 + 16 * part];
-      float4 v;
-      if (d_.state_type == DType::f32) {
-        v = reinterpret_cast<const float4*>(states)[from / 4 + 16 * part];
-      } else {
-        const bool is_half = d_.state_type == DType::f16;
-        const uint2 bits = reinterpret_cast<const uint2*>(states)[from / 4 + 16 * part];
-        v = {widen(bits.x & 0xFFFF, is_half), widen(bits.x >> 16, is_half), widen(bits.y & 0xFFFF, is_half),
-             widen(bits.y >> 16, is_half)};
-      }
+      const float4 v = h[part], B = in[16 * part], C = in[Decode::kStateSize / 4 + 16 * part];
       h[part] = {decay * v.x + input * B.x, decay * v.y + input * B.y, decay * v.z + input * B.z,
                  decay * v.w + input * B.w};
       y[0] += dot(h[part], C);
@@ -238,7 +251,7 @@ class Step : Worker<Config> {
   }
 
   __device__ void project_out(int layer, const Region& here) {
-    if (!work_.outs) return;
+    if (!work_.outs) return store_kept(layer);
     float one_scale = 0;
     if (d_.out_one_scale) one_scale = widen(static_cast<const uint16_t*>(d_.out_scales)[layer], half_scales_);
     const uint8_t* item = out_.acquire();
@@ -261,10 +274,10 @@ class Step : Worker<Config> {
         }
 #pragma unroll
         for (int part = 0; part < Decode::kExpand; ++part) {
-          int32_t sums[X::kTiles][2];
+          int32_t sums[2];
           spans[part].multiply(sums, next[part]);
-          put(out_sums(i * Decode::kTileRows, part) + warp_ * kBatch, Decode::kExpand * Config::kSumsPitch,
-              sums);
+          this->template put<Decode::kExpand * Config::kSumsPitch>(
+              out_sums(i * Decode::kTileRows, part) + warp_ * kBatch, sums);
         }
       }
     }
@@ -272,18 +285,16 @@ class Step : Worker<Config> {
     const float* stats = this->template shared<float>(p_.y_stats) + Config::kWarps * kBatch;
     for (int pair = warp_; 2 * pair < work_.outs * Decode::kTileRows; pair += Config::kWarps) {
       const int row = 2 * pair + half_;
-      const uint16_t* scales = nullptr;
-      if (a_.out_groups)
-        scales =
-            reinterpret_cast<const uint16_t*>(item + p_.out_rows * Config::kOutPitch) + row * a_.out_groups;
+      const auto* scales =
+          reinterpret_cast<const uint16_t*>(item + p_.out_rows * Config::kOutPitch) + row * a_.out_groups;
 #pragma unroll
       for (int b = 0; b < kBatch; ++b) {
         if (b >= d_.batch) break;
         float v[2] = {0, squares(p_.y_stats, b)};
 #pragma unroll
         for (int part = 0; part < Decode::kExpand; ++part)
-          v[0] += total(out_sums(row, part), stats + part * Config::kWarps * kBatch, scales, one_scale,
-                        out_group_[part], b);
+          v[0] += total(out_sums(row, part), stats + part * Config::kWarps * kBatch, scales, d_.out_one_scale,
+                        one_scale, out_group_[part], b);
         lane_sums<16>(v);
         if (sixteenth_ == 0) {
           float& residual = this->template shared<float>(p_.residual)[row * kBatch + b];
@@ -295,6 +306,7 @@ class Step : Worker<Config> {
     }
     hand_over(Meeting::x, Config::kWarps);
     out_.done();
+    store_kept(layer);
   }
 
   // y times the gated norm's weights.

@@ -11,9 +11,10 @@ namespace ternary::sm90 {
 // Known to be the same in all lanes, so that branches on it keep the warp together.
 __device__ inline int warp_index() { return __shfl_sync(~0u, threadIdx.x / 32, 0); }
 
-// A bf16 or fp16 from its bits, and back.
+// A bf16 or fp16 from its bits, without a branch, and back.
 __device__ inline float widen(uint32_t bits, bool is_half) {
-  return is_half ? __half2float(__ushort_as_half(static_cast<uint16_t>(bits))) : __uint_as_float(bits << 16);
+  const float as_half = __half2float(__ushort_as_half(static_cast<uint16_t>(bits)));
+  return is_half ? as_half : __uint_as_float(bits << 16);
 }
 __device__ inline uint32_t narrow(float v, bool is_half) {
   return is_half ? __half_as_ushort(__float2half_rn(v)) : __bfloat16_as_ushort(__float2bfloat16_rn(v));
@@ -67,7 +68,8 @@ class Worker {
 
  protected:
   static constexpr int kBatch = Config::kBatch;
-  static constexpr int kRounds = (Config::kSpans + 15) / 16;  // of a half warp over the spans
+  static constexpr int kMaxUnits = 2 * Config::kWarps / Decode::kUnit;  // of a block: a half warp a channel
+  static constexpr int kRounds = (Config::kSpans + 15) / 16;            // of a half warp over the spans
   using X = SpanOfX<kBatch>;
 
   // The convolution of a channel: `channel` of `channels` whose parameters lie at these places.
@@ -128,14 +130,15 @@ class Worker {
   }
 
   // The sum over the spans of one row's integers, with their scales, not yet over the lanes of a half warp.
-  // stats: scales of the spans of x. scales: of the row, or null: one.
-  __device__ float total(const int32_t* sums, const float* stats, const uint16_t* scales, float one_scale,
-                         const int (&groups)[kRounds], int sequence) const {
+  // stats: scales of the spans of x. scales: of the row, read but not used where there is one for all.
+  __device__ float total(const int32_t* sums, const float* stats, const uint16_t* scales,
+                         bool one_scale_alone, float one_scale, const int (&groups)[kRounds],
+                         int sequence) const {
     float v = 0;
 #pragma unroll
     for (int i = 0; i < kRounds; ++i) {
       const int span = sixteenth_ + 16 * i;
-      const float scale = scales ? widen(scales[groups[i]], half_scales_) : one_scale;
+      const float own = widen(scales[groups[i]], half_scales_), scale = one_scale_alone ? one_scale : own;
       if (span < Config::kSpans)
         v += static_cast<float>(sums[span * kBatch + sequence]) * (scale * stats[span * kBatch + sequence]);
     }
@@ -143,15 +146,13 @@ class Worker {
   }
 
   // A warp's sums of a tile, for the others to see. sums: of the tile's first row and the warp's span.
-  __device__ void put(int32_t* sums, int pitch, const int32_t (&tile)[X::kTiles][2]) const {
-#pragma unroll
-    for (int i = 0; i < X::kTiles; ++i) {
-      const int sequence = i * 4 + lane_ % 4;
-      if (sequence < kBatch) {
-        sums[lane_ / 4 * pitch + sequence] = tile[i][0];
-        sums[(lane_ / 4 + 8) * pitch + sequence] = tile[i][1];
-      }
-    }
+  template <int kPitch>
+  __device__ void put(int32_t* sums, const int32_t (&tile)[2]) const {
+    static_assert(kBatch <= 4);
+    if (lane_ % 4 >= kBatch) return;
+    sums += lane_ / 4 * kPitch + lane_ % 4;
+    sums[0] = tile[0];
+    sums[8 * kPitch] = tile[1];
   }
 
   // What the others need to know of the warp's spans.
@@ -199,9 +200,8 @@ class Worker {
     return param<uint16_t>(c.inputs)[(b * 3 + i) * c.channels + c.channel];
   }
 
-  // The rows' scales of in_proj: of z, of x, of B, C and dt. Null: one for the matrix.
+  // The rows' scales of in_proj, unless it has one: of z, of x, of B, C and dt.
   __device__ const uint16_t* in_scales(int row) const {
-    if (!a_.in_groups) return nullptr;
     return reinterpret_cast<const uint16_t*>(in_.item() + p_.in_rows * Config::kInPitch) + row * a_.in_groups;
   }
   __device__ int32_t* in_sums(int row) const {
