@@ -214,6 +214,16 @@ def test_overfits_one_batch(tmp_path):
     assert ce[-1] < 0.75 * ce[0]
 
 
+def test_from_scratch(tmp_path):
+    a, b = (make_distiller(tmp_path / name, steps=30, init="random", seed=7) for name in "ab")
+    for (name, p), q in zip(a.student.named_parameters(), b.student.parameters(), strict=True):
+        assert torch.equal(p, q), name
+    latents = a.student.backbone.layers[0].mixer.in_proj.parametrizations.weight.original
+    assert (latents - a.teacher.backbone.layers[0].mixer.in_proj.weight).norm() > latents.norm()
+    kl = [a.train_step()["kl"] for _ in range(30)]
+    assert sum(kl[-5:]) < 0.9 * sum(kl[:5])
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_distilling_brings_the_student_to_the_teacher(tmp_path, dtype):
     d = make_distiller(tmp_path, steps=40, kl_weight=1.0, dtype=dtype)

@@ -17,6 +17,7 @@ class DistillConfig:
     """How to distil. Fields that say `every` count steps.
 
     tokens: to train on in all, rounded up to whole steps of batch_size * sequence_length.
+    init: the student begins with the weights of the teacher, or with random ones (from scratch).
     batch_size: sequences a step, over all processes.
     micro_batch_size: sequences that a process takes through the models at a time, its gradients summed over
         them; by default its whole share of the batch.
@@ -63,6 +64,7 @@ class DistillConfig:
     recompute: float = 0.0
     fp8_teacher: bool = False
     strategy: Literal["ddp", "fsdp"] = "ddp"
+    init: Literal["teacher", "random"] = "teacher"
     seed: int = 0
     device: str = "cpu"
     dtype: str = "float32"
@@ -85,6 +87,7 @@ class DistillConfig:
             ("an integer of at least 0", lambda v: isinstance(v, int) and v >= 0, ("teacher_top_k",)),
             ("an integer from 0 to 2^32 - 1", lambda v: isinstance(v, int) and 0 <= v < 1 << 32, ("seed",)),
             ("'float32' or 'bfloat16'", lambda v: v in ("float32", "bfloat16"), ("dtype",)),
+            ("'teacher' or 'random'", lambda v: v in ("teacher", "random"), ("init",)),
             ("'ddp' or 'fsdp'", lambda v: v in ("ddp", "fsdp"), ("strategy",)),
             ("'abort' or 'reset'", lambda v: v in ("abort", "reset"), ("on_collapse",)),
             (f"some of {', '.join(ROWS)}", lambda v: v and set(v) <= set(ROWS), ("ternary_rows",)),

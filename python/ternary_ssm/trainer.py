@@ -23,6 +23,7 @@ from torch.nn.utils import parametrize
 from tqdm import tqdm
 
 from . import distributed, runs, training
+from .config import MambaConfig
 from .data import TokenStream, sequence_bounds
 from .evaluate import nats_per_token
 from .fp8 import fp8_
@@ -79,7 +80,8 @@ class Distiller:
         self._cache, self._cache_path = None, teacher_cache or out / "teacher_cache"
         self._tensorboard: TensorBoard | None = None
         self.device = distributed.local_device(config.device)
-        student = copy.deepcopy(teacher).float().requires_grad_(True).to(self.device)
+        first = copy.deepcopy(teacher) if config.init == "teacher" else _random(teacher.config, config.seed)
+        student = first.float().requires_grad_(True).to(self.device)
         self.student = quantize_(student, config.ternary).train()
         self.student.backbone.recompute = config.recompute
         self.rounding = Rounding(self.student, config.dense_rows(teacher.config))
@@ -352,6 +354,13 @@ class Distiller:
             f"step {number}: {what}, batch: windows {windows} of the data; first tensor that is not finite: "
             f"{tensor}; replay the step from {dump}"
         )
+
+
+def _random(config: MambaConfig, seed: int) -> MambaLM:
+    """A new model, the same on all ranks."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return MambaLM(config)
 
 
 def _run(losses, windows: list[int], student: MambaLM):
