@@ -23,6 +23,7 @@ struct HeadArgs {
 
   static constexpr int kTokens = 8;  // read the table once
   static constexpr int kStep = 32;
+  static constexpr int kTileRows = 16;  // of the table, that a block reads at once: every gridDim.x-th tile
   static constexpr int kMaxDim = 4416;  // for which a tile of 16 bits finds room in shared memory
   static constexpr int64_t kMaxRows = 1 << 19;  // for whose scales there is room too
 };

@@ -16,8 +16,8 @@ namespace ternary {
 namespace sm90 {
 
 struct Head {
-  static constexpr int kWarps = 16;  // that multiply; one more loads
-  static constexpr int kRows = 16;   // of a tile
+  static constexpr int kWarps = 16;                  // that multiply; one more loads
+  static constexpr int kRows = HeadArgs::kTileRows;  // of a tile
   static constexpr int kMaxStages = 6;
   static constexpr int kTokens = HeadArgs::kTokens, kStep = HeadArgs::kStep;
   static constexpr int kSharedBytes = 227 * 1024;  // of a block, at most

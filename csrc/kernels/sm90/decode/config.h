@@ -17,6 +17,7 @@ struct Decode {
   static constexpr int kMaxDepth = 8;  // of a queue
   static constexpr int kSharedBytes = 227 * 1024;  // of a block, at most
   static constexpr int kRegions = 2;               // of values on their way between blocks: layers take turns
+  static constexpr int kHeadTiles = 2;             // of a block, that are brought to L2 for the head
   static constexpr int kCopies = 4;                // of a region: a quarter of the blocks read each
 };
 

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "kernels/decode.h"
+#include "kernels/head.h"
 #include "kernels/sm90/common/ptx.cuh"
 #include "kernels/sm90/decode/exchange.cuh"
 #include "kernels/sm90/decode/select.h"
@@ -126,10 +127,21 @@ class Loader {
         for (int sequence = 0; sequence < d_.batch; ++sequence) load_states(layer, sequence);
       if (work_.outs) load_out(layer);
     }
+    prefetch_head();
   }
 
  private:
   __device__ static const uint8_t* bytes(const void* from) { return static_cast<const uint8_t*>(from); }
+
+  // What follows is the head, whose table is that of the embedding in all published models. While the last
+  // layer waits for other blocks the memory has time to bring the tiles that `head` begins with to L2.
+  __device__ void prefetch_head() {
+    const int64_t row_bytes = int64_t{Config::kModel} * (d_.embedding_scale ? 1 : 2);
+    const int64_t row = (blockIdx.x + int64_t{lane_} * gridDim.x) * HeadArgs::kTileRows;
+    const int64_t rows = min(int64_t{HeadArgs::kTileRows}, d_.vocab - row);
+    if (lane_ < Decode::kHeadTiles && rows > 0)
+      prefetch_to_l2(bytes(d_.embedding) + row * row_bytes, rows * row_bytes);
+  }
 
   __device__ void load_params(int layer) {
     const ParamsPlan& at = p_.at;
