@@ -31,6 +31,7 @@ struct HeadLaunch {
 // In shared memory before the scales of the block's tiles, x and the stages.
 struct HeadShared {
   uint64_t full[Head::kMaxStages], empty[Head::kMaxStages];
+  float x_scales[Head::kTokens];  // of int8
   float sums[2][Head::kWarps][Head::kRows][Head::kTokens];
 };
 
@@ -46,69 +47,114 @@ __host__ __device__ constexpr int scale_bytes(int tiles) {
   return sizeof(Weight) == 1 ? tiles * Head::kRows * static_cast<int>(sizeof(float)) : 0;
 }
 
-// Four int8 as two pairs of halves: the byte + 128 is put behind a one of its own place, which is taken off.
-template <class Element>
-__device__ uint2 widen_bytes(uint32_t word) {
-  const uint32_t biased = word ^ 0x80808080;
-  if constexpr (std::is_same_v<Element, __half>) {
-    uint32_t pairs[2];
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const uint32_t pair = __byte_perm(biased, 0x64646464, i ? 0x4342 : 0x4140);
-      const __half2 v = __hsub2(*reinterpret_cast<const __half2*>(&pair), __float2half2_rn(1024 + 128));
-      pairs[i] = *reinterpret_cast<const uint32_t*>(&v);
-    }
-    return {pairs[0], pairs[1]};
-  } else {
-    float v[4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i)
-      v[i] = __uint_as_float(__byte_perm(biased, 0x4B000000, 0x7440 + i)) - (8388608.0f + 128);
-    return {pack_floats<Element>(v[0], v[1]), pack_floats<Element>(v[2], v[3])};
-  }
-}
-
-// A lane's 8 columns of a row of the table, as pairs.
+// RMSNorm of the tokens, a warp each, as the products take them; zeros for those that are not there.
+//   16 bits: rows of Element.
+//   int8: integers of 16 bits as a row of their upper and one of their lower bytes, 256 upper + lower, and
+//         what they are to be multiplied by. They err by 2^-16 of the token's largest, less than bf16 does.
 template <class Element, class Weight>
-__device__ uint4 load_weights(const uint8_t* from) {
-  if constexpr (sizeof(Weight) == 2) {
-    return *reinterpret_cast<const uint4*>(from);
-  } else {
-    const uint2 words = *reinterpret_cast<const uint2*>(from);
-    const uint2 low = widen_bytes<Element>(words.x), high = widen_bytes<Element>(words.y);
-    return {low.x, low.y, high.x, high.y};
-  }
-}
-
-// RMSNorm of the tokens, a warp each; zeros for those that are not there.
-template <class Element>
-__device__ void normalize(const HeadArgs& a, int64_t first, uint8_t* smem_x) {
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+__device__ void normalize(const HeadArgs& a, int64_t first, uint8_t* smem_x, float* x_scales) {
+  constexpr bool kIntegers = sizeof(Weight) == 1;
+  constexpr float kOne = 12582912.0f, kLargest = 127 * 256;  // 1.5 * 2^23 leaves the integer in the low bits
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, pitch = pitch_of<Weight>(a.d);
   const int64_t token = first + warp;
   if (warp >= Head::kTokens) return;
-  auto* to = reinterpret_cast<uint2*>(smem_x + warp * pitch_of<Element>(a.d));
+  auto* to = reinterpret_cast<uint2*>(smem_x + warp * pitch);
+  auto* upper = reinterpret_cast<uint32_t*>(smem_x + 2 * warp * pitch);
+  uint32_t* lower = upper + pitch / 4;
   if (token >= a.m) {
-    for (int i = lane; i < a.d / 4; i += 32) to[i] = {};
+    for (int i = lane; i < a.d / 4; i += 32) {
+      if constexpr (kIntegers)
+        upper[i] = lower[i] = 0;
+      else
+        to[i] = {};
+    }
     return;
   }
   const auto* x = reinterpret_cast<const float4*>(a.hidden + token * a.d);
-  const auto* norm = static_cast<const Element*>(a.norm);
-  float squares = 0;
+  const auto read = [&](float (&v)[4], int i) {
+    const float4 of_x = x[i];
+    float w[4];
+    to_floats(w, load_words<Element, 4>(static_cast<const Element*>(a.norm) + 4 * i));
+    v[0] = of_x.x * w[0], v[1] = of_x.y * w[1], v[2] = of_x.z * w[2], v[3] = of_x.w * w[3];
+    return of_x.x * of_x.x + of_x.y * of_x.y + of_x.z * of_x.z + of_x.w * of_x.w;
+  };
+  float squares = 0, v[4];
+  uint32_t most = 0;  // as bits, of which NaN has the largest
 #pragma unroll 8
   for (int i = lane; i < a.d / 4; i += 32) {
-    const float4 v = x[i];
-    squares += v.x * v.x + v.y * v.y + v.z * v.z + v.w * v.w;
+    squares += read(v, i);
+#pragma unroll
+    for (int j = 0; j < 4; ++j) most = max(most, __float_as_uint(v[j]) & 0x7FFFFFFF);
   }
   for (int lanes = 16; lanes > 0; lanes /= 2) squares += __shfl_xor_sync(~0u, squares, lanes);
   const float factor = rsqrtf(squares / static_cast<float>(a.d) + a.eps);
+  const float largest = __uint_as_float(__reduce_max_sync(~0u, most));
+  const float inverse = largest > 0 ? kLargest / largest : largest;
+  if (lane == 0) x_scales[warp] = factor * largest / kLargest;
 #pragma unroll 8
   for (int i = lane; i < a.d / 4; i += 32) {
-    const float4 v = x[i];
-    float w[4];
-    to_floats(w, load_words<Element, 4>(norm + 4 * i));
-    to[i] = {pack_floats<Element>(v.x * factor * w[0], v.y * factor * w[1]),
-             pack_floats<Element>(v.z * factor * w[2], v.w * factor * w[3])};
+    read(v, i);
+    if constexpr (kIntegers) {
+      uint32_t n[4];
+#pragma unroll
+      for (int j = 0; j < 4; ++j) n[j] = __float_as_uint(fmaf(v[j], inverse, kOne));
+      const auto bytes = [&n](uint32_t two) {
+        return __byte_perm(__byte_perm(n[0], n[1], two), __byte_perm(n[2], n[3], two), 0x5410);
+      };
+      lower[i] = bytes(0x0040);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) n[j] += 128;
+      upper[i] = bytes(0x0051);
+    } else {
+      to[i] = {pack_floats<Element>(v[0] * factor, v[1] * factor),
+               pack_floats<Element>(v[2] * factor, v[3] * factor)};
+    }
   }
+}
+
+// A warp's part of a tile's products, [kRows][kTokens], given to the others. w, x: the lane's first columns.
+template <class Element>
+__device__ void multiply(float (&sums)[Head::kRows][Head::kTokens], const uint8_t* w, const uint8_t* x,
+                         int pitch, int begin, int steps, Element) {
+  float d[2][4] = {};
+#pragma unroll 4
+  for (int step = begin; step < steps; step += Head::kWarps) {
+    const int at = step * Head::kStep * sizeof(Element);
+    const uint4 upper = *reinterpret_cast<const uint4*>(w + at);
+    const uint4 lower = *reinterpret_cast<const uint4*>(w + 8 * pitch + at);
+    const uint4 b = *reinterpret_cast<const uint4*>(x + at);
+    mma_m16n8k16<Element>(d[0], {upper.x, lower.x, upper.y, lower.y}, b.x, b.y);
+    mma_m16n8k16<Element>(d[1], {upper.z, lower.z, upper.w, lower.w}, b.z, b.w);
+  }
+  const int group = threadIdx.x % 32 / 4, quad = threadIdx.x % 4;
+#pragma unroll
+  for (int i = 0; i < 2; ++i)
+    *reinterpret_cast<float2*>(&sums[group + 8 * i][2 * quad]) = {d[0][2 * i] + d[1][2 * i],
+                                                                  d[0][2 * i + 1] + d[1][2 * i + 1]};
+}
+// The columns of x are (token, byte), four tokens at a time. Integer sums are exact, and those of a warp in
+// fp32.
+__device__ inline void multiply(float (&sums)[Head::kRows][Head::kTokens], const uint8_t* w, const uint8_t* x,
+                                int pitch, int begin, int steps, int8_t) {
+  int32_t d[2][4] = {};
+#pragma unroll 4
+  for (int step = begin; step < steps; step += Head::kWarps) {
+    const int at = step * Head::kStep;
+    const uint2 upper = *reinterpret_cast<const uint2*>(w + at);
+    const uint2 lower = *reinterpret_cast<const uint2*>(w + 8 * pitch + at);
+#pragma unroll
+    for (int four = 0; four < 2; ++four) {
+      const uint2 b = *reinterpret_cast<const uint2*>(x + four * 8 * pitch + at);
+      mma_m16n8k32(d[four], {upper.x, lower.x, upper.y, lower.y}, b.x, b.y);
+    }
+  }
+  const int group = threadIdx.x % 32 / 4, quad = threadIdx.x % 4;
+#pragma unroll
+  for (int four = 0; four < 2; ++four)
+#pragma unroll
+    for (int i = 0; i < 2; ++i)
+      sums[group + 8 * i][4 * four + quad] =
+          fmaf(256.0f, static_cast<float>(d[four][2 * i]), static_cast<float>(d[four][2 * i + 1]));
 }
 
 template <class Element, class Weight>
@@ -117,10 +163,10 @@ __global__ void __launch_bounds__(32 * (Head::kWarps + 1), 1)
   extern __shared__ __align__(128) uint8_t smem_bytes[];
   const HeadArgs& a = launch.args;
   auto& smem = *reinterpret_cast<HeadShared*>(smem_bytes);
-  const int pitch = pitch_of<Weight>(a.d), x_pitch = pitch_of<Element>(a.d);
+  const int pitch = pitch_of<Weight>(a.d);
   float* const smem_scales = reinterpret_cast<float*>(smem_bytes + sizeof(HeadShared));
   uint8_t* const smem_x = smem_bytes + sizeof(HeadShared) + scale_bytes<Weight>(launch.tiles);
-  uint8_t* const stages = smem_x + Head::kTokens * x_pitch;
+  uint8_t* const stages = smem_x + Head::kTokens * pitch_of<Element>(a.d);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int64_t tiles = (a.v + Head::kRows - 1) / Head::kRows;
   if (threadIdx.x == 0) {
@@ -162,7 +208,6 @@ __global__ void __launch_bounds__(32 * (Head::kWarps + 1), 1)
     }
   wait_for_prerequisites();
   const int group = lane / 4, quad = lane % 4;
-  const int steps = a.d / Head::kStep;
   // Of the sums: two threads add up a logit, of every second warp each.
   static_assert(2 * Head::kRows * Head::kTokens == 32 * Head::kWarps / 2);
   const int part = threadIdx.x % 2, of_tokens = threadIdx.x / 2 % Head::kTokens;
@@ -171,7 +216,7 @@ __global__ void __launch_bounds__(32 * (Head::kWarps + 1), 1)
   int64_t count = 0;
   for (int64_t first = 0; first < a.m; first += Head::kTokens) {
     if (first > 0) sync_threads(1, 32 * Head::kWarps);  // x of the tokens before is read
-    normalize<Element>(a, first, smem_x);
+    normalize<Element, Weight>(a, first, smem_x, smem.x_scales);
     sync_threads(1, 32 * Head::kWarps);
     int at_tile = 0;
     for (int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x, ++at_tile, ++count) {
@@ -179,31 +224,18 @@ __global__ void __launch_bounds__(32 * (Head::kWarps + 1), 1)
       const int64_t row = tile * Head::kRows + of_tile;
       wait_for_phase(&smem.full[stage], count / launch.stages % 2);
       const uint8_t* w = stages + (stage * Head::kRows + group) * pitch + quad * 8 * sizeof(Weight);
-      const uint8_t* x = smem_x + group * x_pitch + quad * 8 * sizeof(Element);
-      float sums[2][4] = {};
-#pragma unroll 4
-      for (int step = warp; step < steps; step += Head::kWarps) {
-        const int at = step * Head::kStep;
-        const uint4 upper = load_weights<Element, Weight>(w + at * sizeof(Weight));
-        const uint4 lower = load_weights<Element, Weight>(w + 8 * pitch + at * sizeof(Weight));
-        const uint4 b = *reinterpret_cast<const uint4*>(x + at * sizeof(Element));
-        mma_m16n8k16<Element>(sums[0], {upper.x, lower.x, upper.y, lower.y}, b.x, b.y);
-        mma_m16n8k16<Element>(sums[1], {upper.z, lower.z, upper.w, lower.w}, b.z, b.w);
-      }
+      const uint8_t* x = smem_x + group * pitch + quad * 8 * sizeof(Weight);
+      auto& sums = smem.sums[count % 2];
+      multiply(sums[warp], w, x, pitch, warp, a.d / Head::kStep, Weight{});
       release(&smem.empty[stage]);
-      auto& place = smem.sums[count % 2];
-#pragma unroll
-      for (int i = 0; i < 2; ++i)
-        *reinterpret_cast<float2*>(&place[warp][group + 8 * i][2 * quad]) = {
-            sums[0][2 * i] + sums[1][2 * i], sums[0][2 * i + 1] + sums[1][2 * i + 1]};
       sync_threads(1, 32 * Head::kWarps);
       if (warp >= Head::kWarps / 2) continue;
       float sum = 0;
 #pragma unroll
-      for (int i = 0; i < Head::kWarps; i += 2) sum += place[i + part][of_tile][of_tokens];
+      for (int i = 0; i < Head::kWarps; i += 2) sum += sums[i + part][of_tile][of_tokens];
       sum += __shfl_xor_sync(~0u, sum, 1);
       const int64_t token = first + of_tokens;
-      if (sizeof(Weight) == 1) sum *= smem_scales[at_tile * Head::kRows + of_tile];
+      if (sizeof(Weight) == 1) sum *= smem_scales[at_tile * Head::kRows + of_tile] * smem.x_scales[of_tokens];
       if (part == 0 && row < a.v && token < a.m) logits[token * a.v + row] = from_float<Element>(sum);
     }
   }

@@ -195,7 +195,7 @@ def head(
     """The last norm and the head: hidden [..., d], the residual stream in fp32 -> logits [..., v].
 
     norm [d]. table [v, d] in norm's dtype, or int8 with scale [v, 1]. What the norm gives is rounded to
-    norm's dtype before the product.
+    norm's dtype before the product; the kernel rounds it to integers of 16 bits for an int8 table.
     """
     acc = accumulate(hidden)
     x = hidden.to(acc)
