@@ -53,8 +53,9 @@ def step_problem(b=2, d=5, n=3, dtype=torch.float32, device="cpu", state=torch.f
 
 
 SIZES = [(1, 1, 1, 1), (2, 6, 5, 3), (1, 17, 64, 16), (3, 5, 65, 16), (1, 40, 130, 17), (2, 3, 7, 64)]
-# The GPU's tiles have 64 tokens and 16 channels of a state size of 16.
-SIZES += [(2, 64, 16, 16), (1, 63, 8, 16), (2, 65, 24, 16), (1, 130, 40, 16), (1, 33, 2, 256)]
+# The GPU's tiles have 32 tokens and 32 channels of a state size of 16.
+SIZES += [(2, 64, 32, 16), (1, 31, 8, 16), (2, 33, 40, 16)]
+SIZES += [(1, 63, 8, 16), (2, 65, 24, 16), (1, 130, 40, 16), (1, 33, 2, 256)]
 EMPTY = [(0, 5, 8, 4), (2, 0, 8, 16), (2, 5, 0, 4), (2, 5, 3, 0)]
 
 

@@ -37,12 +37,21 @@ __device__ inline float softplus(float x) {
   const float e = exp_exact(-fabsf(x));
   return (x < 0.0f ? 0.0f : x) + log1p_of(e / (e + 2.0f));
 }
+// Here log1p(e) = e p(e), p a minimax polynomial (6e-8): as long, but without a reciprocal.
 __device__ inline float softplus_fast(float x) {
   const float size = fminf(fabsf(x), 120.0f);  // e^-120 is 0
-  const float product = -kLog2E * size, rest = fmaf(-kLog2E, size, -product);
-  float e = exp2_approximate(product);
+  const float product = kLog2E * size, rest = fmaf(-kLog2E, size, product);
+  float e = exp2_approximate(-product);
   e = fmaf(e, fmaf(-1.92596299e-8f, size, rest) * 0.693147181f, e);  // log2 e in two parts
-  return (x < 0.0f ? 0.0f : x) + log1p_of(e * reciprocal_approximate(e + 2.0f));
+  float p = fmaf(e, 5.232629366e-3f, -2.950498648e-2f);
+  p = fmaf(p, e, 7.822556049e-2f);
+  p = fmaf(p, e, -1.366321445e-1f);
+  p = fmaf(p, e, 1.910599321e-1f);
+  p = fmaf(p, e, -2.484297901e-1f);
+  p = fmaf(p, e, 3.331909776e-1f);
+  p = fmaf(p, e, -4.999949336e-1f);
+  p = fmaf(p, e, 9.999999404e-1f);
+  return fmaf(e, p, x < 0.0f ? 0.0f : x);
 }
 
 __device__ inline float silu(float x) { return x / (1.0f + exp_exact(-x)); }

@@ -20,6 +20,13 @@ __device__ inline void copy_16_async(void* smem, const void* from, bool valid) {
                : "memory");
 }
 
+// The same of 8 bytes, by way of L1.
+__device__ inline void copy_8_async(void* smem, const void* from, bool valid) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(shared_address(smem)), "l"(from),
+               "r"(valid ? 8 : 0)
+               : "memory");
+}
+
 // Closes a group of this thread's copies.
 __device__ inline void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 

@@ -5,8 +5,9 @@
 
 namespace ternary::sm90 {
 
-// The kernel for 16-bit activations and a state size of 16. A block has 32 channels of one sequence: four
-// warps scan 8 channels each, with four lanes a channel, and four help, one each.
+// The kernel for 16-bit activations and a state size of 16. A block has 32 channels of one sequence and
+// twelve warps: four scan, four copy and finish, four prepare, 8 channels each. A scanning warp has four
+// lanes a channel.
 template <class Element_, int kRank_>
 struct ScanConfig {
   using Element = Element_;
@@ -14,19 +15,21 @@ struct ScanConfig {
   static constexpr int kStates = 16;    // of a channel
   static constexpr int kLanes = 4;      // that share them
   static constexpr int kLaneStates = kStates / kLanes;
-  static constexpr int kPairs = 4;  // of a warp that scans and one that helps
+  static constexpr int kWarps = 4;  // of a kind
   static constexpr int kWarpChannels = 32 / kLanes;
-  static constexpr int kChannels = kWarpChannels * kPairs;  // 128 blocks at 4096 channels, one an SM
-  static constexpr int kHelpers = 32 * kPairs;              // threads, as many as scan
-  static constexpr int kThreads = 2 * kHelpers;
-  static constexpr int kTokens = 32;         // of a tile: a helper's lane each
-  static constexpr int kGroup = 2 * kLanes;  // tokens whose sums go across the lanes together
+  static constexpr int kChannels = kWarpChannels * kWarps;  // 128 blocks at 4096 channels, one an SM
+  static constexpr int kKind = 32 * kWarps;                 // threads of a kind
+  static constexpr int kThreads = 3 * kKind;
+  static constexpr int kTokens = 32;           // of a tile: a helper's lane each
+  static constexpr int kPieces = kTokens + 2;  // of 8 channels, those of others in other banks
+  static constexpr int kGroup = 4;             // tokens that a scanning lane reads at once
   static constexpr int kPitch = kRank + 16;  // of rows read by several lanes at once: 32 bytes past all banks
   static constexpr int kProducts = kRank / 16;              // of the tensor cores, for 8 tokens
-  static constexpr int kBlocksPerSm = kRank > 128 ? 1 : 2;  // 128 registers hold the weights of 128 columns
+  static constexpr int kBlocksPerSm = kRank > 128 ? 1 : 2;  // that shared memory has room for
 
   static_assert(kRank % 32 == 0, "or kPitch has bank conflicts");
   static_assert(kWarpChannels == 8, "a piece of 16 bytes a token; the columns of a product");
+  static_assert(kLaneStates == 4, "8 bytes of B and of C a lane");
 };
 
 // The kernel for everything else: a warp a channel.

@@ -1,6 +1,6 @@
-// One pass over the tokens, in tiles of 32. While four warps scan tile i, four help: they start to copy tile
-// i + 3 to shared memory, prepare tile i + 1 and finish tile i - 1. One barrier a tile; a copy has two tiles'
-// time.
+// One pass over the tokens, in tiles of 32. While four warps scan tile i, eight help: four start to copy tile
+// i + 3 to shared memory and finish tile i - 1, four prepare tile i + 1. One barrier a tile; a copy has two
+// tiles' time.
 //   prepare  dt = softplus(dt + bias), dt x                  a lane a token, 8 channels
 //   advance  h = exp2(dt A) h + dt x B, sums = h C           a lane four states of a channel
 //   finish   y = (sums + D x) silu(z)                        a lane a token, 8 channels
@@ -25,18 +25,21 @@ struct ScanShared {
   using Element = typename Config::Element;
   using Piece = Run<Element, 8, true>;  // 16 bytes
 
+  struct alignas(16) LaneInputs {  // in pairs, as they came
+    uint32_t B[2], C[2];
+  };
   struct Given {
-    Piece dt[Config::kPairs][Config::kTokens];
+    Piece dt[Config::kWarps][Config::kPieces];
   };
   struct Projected {
     alignas(16) Element dt[Config::kTokens][Config::kPitch];  // zeros past dt_rank
   };
 
-  Piece x[5][Config::kPairs][Config::kTokens], z[5][Config::kPairs][Config::kTokens];
-  Piece B[4][Config::kTokens][2], C[4][Config::kTokens][2];
+  Piece x[5][Config::kWarps][Config::kPieces], z[5][Config::kWarps][Config::kPieces];
+  LaneInputs BC[4][Config::kTokens][Config::kLanes];
   std::conditional_t<Config::kRank == 0, Given, Projected> source[3];
   alignas(16) float2 steps[2][Config::kChannels][Config::kTokens + 2];  // dt, dt x; channels in other banks
-  float y[2][Config::kChannels][Config::kGroup + Config::kTokens];      // after what `advance` starts with
+  alignas(16) float y[2][Config::kChannels][Config::kLanes][Config::kTokens + 4];  // h C of a lane's states
 };
 
 // Tokens of a sequence. Bounds of packed sequences that lie outside x are moved to its ends.
@@ -55,22 +58,41 @@ struct ScanPlace {
   int tokens;
 };
 
+// What a helper's thread has: of its warp's 8 channels, all or none of which there are, a token of a tile.
 template <class Config>
-class ScanHelper {
+struct ScanHelper {
   using Element = typename Config::Element;
   using Shared = ScanShared<Config>;
   using Piece = typename Shared::Piece;
 
- public:
   __device__ ScanHelper(Shared& shared, const SelectiveScanArgs& args, const ScanPlace& place)
-      : s(shared), a(args), at(place), channel(place.channel + pair * Config::kWarpChannels) {
-    has_channels = channel < a.channels;  // all 8 of the warp or none
+      : s(shared), a(args), at(place) {}
+
+  // The warp's channels' elements of a vector that need not be there.
+  __device__ void load_channels(float (&to)[Config::kWarpChannels], const float* from) const {
 #pragma unroll
-    for (int j = 0; j < Config::kWarpChannels; ++j) {
-      D[j] = a.D && has_channels ? a.D[channel + j] : 0.0f;
-      bias[j] = a.dt_bias && has_channels ? a.dt_bias[channel + j] : 0.0f;
-    }
-    if constexpr (Config::kRank > 0) load_weight();
+    for (int j = 0; j < Config::kWarpChannels; ++j) to[j] = from && has_channels ? from[channel + j] : 0.0f;
+  }
+
+  Shared& s;
+  const SelectiveScanArgs& a;
+  const ScanPlace at;
+  const int thread = threadIdx.x % Config::kKind, warp = thread / 32, lane = thread % 32;
+  const int64_t channel = at.channel + warp * Config::kWarpChannels;  // the warp's first
+  const bool has_channels = channel < a.channels;
+};
+
+// The helper that copies and finishes.
+template <class Config>
+class ScanFinisher : ScanHelper<Config> {
+  using Base = ScanHelper<Config>;
+  using Base::s, Base::a, Base::at, Base::thread, Base::warp, Base::lane, Base::channel, Base::has_channels;
+  using typename Base::Element, typename Base::Piece, typename Base::Shared;
+
+ public:
+  __device__ ScanFinisher(Shared& shared, const SelectiveScanArgs& args, const ScanPlace& place)
+      : Base(shared, args, place) {
+    this->load_channels(D, a.D);
   }
 
   // Starts to copy a tile; zeros where it has no tokens or channels, but nothing where it has no token at
@@ -78,7 +100,7 @@ class ScanHelper {
   __device__ void copy(int tile) {
     const int first = tile * Config::kTokens, count = at.tokens - first;
     if (count <= 0) return commit_copies();
-    const int token = thread / Config::kPairs, part = thread % Config::kPairs;
+    const int token = thread / Config::kWarps, part = thread % Config::kWarps;
     const int64_t row = at.first + first + token, column = at.channel + part * 8;
     const bool valid = token < count && column < a.channels;
     const auto from = [&](const void* rows, int64_t stride, int64_t i) {
@@ -87,12 +109,15 @@ class ScanHelper {
     copy_16_async(&s.x[tile % 5][part][token], from(a.x, a.x_stride, column), valid);
     if (a.z) copy_16_async(&s.z[tile % 5][part][token], from(a.z, a.z_stride, column), valid);
     const bool is_B = part < 2;
-    copy_16_async(&(is_B ? s.B : s.C)[tile % 4][token][part % 2],
-                  from(is_B ? a.B : a.C, is_B ? a.B_stride : a.C_stride, part % 2 * 8), token < count);
+    auto* inputs = &s.BC[tile % 4][token][part % 2 * 2];  // of two lanes
+    const auto* states = from(is_B ? a.B : a.C, is_B ? a.B_stride : a.C_stride, part % 2 * 8);
+#pragma unroll
+    for (int i = 0; i < 2; ++i)
+      copy_8_async(is_B ? inputs[i].B : inputs[i].C, states + i * Config::kLaneStates, token < count);
     if constexpr (Config::kRank == 0) {
       copy_16_async(&s.source[tile % 3].dt[part][token], from(a.dt, a.dt_stride, column), valid);
     } else {
-      constexpr int kPieces = Config::kRank / 8, kRows = Config::kHelpers / kPieces;  // copied at once
+      constexpr int kPieces = Config::kRank / 8, kRows = Config::kKind / kPieces;  // copied at once
       const int token = thread / kPieces, column = thread % kPieces * 8;
       const auto* dt = static_cast<const Element*>(a.dt) + (at.first + first + token) * a.dt_stride + column;
 #pragma unroll 4
@@ -102,33 +127,16 @@ class ScanHelper {
     commit_copies();
   }
 
-  // Tokens past the sequence's end get dt = 0 and change nothing.
-  __device__ void prepare(int tile) {
-    auto* steps = s.steps[tile % 2] + pair * Config::kWarpChannels;
-    if constexpr (Config::kRank > 0) project(tile);
-    const Piece x = s.x[tile % 5][pair][lane];
-    const bool valid = tile * Config::kTokens + lane < at.tokens;
-#pragma unroll
-    for (int j = 0; j < Config::kWarpChannels; ++j) {
-      float dt;
-      if constexpr (Config::kRank > 0)
-        dt = steps[j][lane].x;
-      else
-        dt = to_float(s.source[tile % 3].dt[pair][lane].at[j]);
-      dt = step_size<true>(dt + bias[j], a.dt_softplus);
-      dt = valid ? dt : 0.0f;
-      steps[j][lane] = make_float2(dt, dt * to_float(x.at[j]));
-    }
-  }
-
   __device__ void finish(int tile) {
     const int token = tile * Config::kTokens + lane;
-    const Piece x = s.x[tile % 5][pair][lane], z = s.z[tile % 5][pair][lane];
+    const Piece x = s.x[tile % 5][warp][lane], z = s.z[tile % 5][warp][lane];
     float y[Config::kWarpChannels];
 #pragma unroll
     for (int j = 0; j < Config::kWarpChannels; ++j) {
-      const float sum = s.y[tile % 2][pair * Config::kWarpChannels + j][Config::kGroup + lane];
-      y[j] = fmaf(D[j], to_float(x.at[j]), sum);
+      y[j] = D[j] * to_float(x.at[j]);
+      const auto& parts = s.y[tile % 2][warp * Config::kWarpChannels + j];
+#pragma unroll
+      for (int i = 0; i < Config::kLanes; ++i) y[j] += parts[i][lane];
     }
     if (a.z)
 #pragma unroll
@@ -141,10 +149,57 @@ class ScanHelper {
   }
 
  private:
-  // dt_weight: of channel lane / 4 columns 4 q .. 4 q + 3 of each 16, q = lane % 4; codes as -1, 0, +1, their
-  // scales aside.
+  float D[Config::kWarpChannels];
+};
+
+// The helper that prepares.
+template <class Config>
+class ScanPreparer : ScanHelper<Config> {
+  using Base = ScanHelper<Config>;
+  using Base::s, Base::a, Base::at, Base::warp, Base::lane, Base::channel, Base::has_channels;
+  using typename Base::Element, typename Base::Piece, typename Base::Shared;
+
+ public:
+  __device__ ScanPreparer(Shared& shared, const SelectiveScanArgs& args, const ScanPlace& place)
+      : Base(shared, args, place) {
+    if constexpr (Config::kRank > 0)
+      load_weight();
+    else
+      this->load_channels(bias, a.dt_bias);
+  }
+
+  // Tokens past the sequence's end get dt = 0 and change nothing.
+  __device__ void prepare(int tile) {
+    if constexpr (Config::kRank > 0) project(tile);
+    auto* steps = s.steps[tile % 2] + warp * Config::kWarpChannels;
+    const Piece x = s.x[tile % 5][warp][lane];
+    const bool valid = tile * Config::kTokens + lane < at.tokens;
+    // All are read before one is written, or the compiler would take the channels one after the other.
+    float dt[Config::kWarpChannels];
+    if constexpr (Config::kRank > 0) {
+#pragma unroll
+      for (int j = 0; j < Config::kWarpChannels; ++j) dt[j] = steps[j][lane].x;
+    } else {
+      const Piece given = s.source[tile % 3].dt[warp][lane];
+#pragma unroll
+      for (int j = 0; j < Config::kWarpChannels; ++j) dt[j] = to_float(given.at[j]) + bias[j];
+    }
+#pragma unroll
+    for (int j = 0; j < Config::kWarpChannels; ++j) {
+      const float step = step_size<true>(dt[j], a.dt_softplus);
+      dt[j] = valid ? step : 0.0f;
+    }
+#pragma unroll
+    for (int j = 0; j < Config::kWarpChannels; ++j)
+      steps[j][lane] = make_float2(dt[j], dt[j] * to_float(x.at[j]));
+  }
+
+ private:
+  // The bias of channel lane / 4, one register where `prepare` would have eight, and of its dt_weight columns
+  // 4 q .. 4 q + 3 of each 16, q = lane % 4; codes as -1, 0, +1, their scales aside.
   __device__ void load_weight() {
     const int64_t rank = a.dt_rank, groups = rank / a.dt_group, row = channel + lane / 4;
+    bias[0] = a.dt_bias && has_channels ? a.dt_bias[row] : 0.0f;
 #pragma unroll
     for (int i = 0; i < Config::kProducts; ++i) {
       const int64_t k = 16 * i + lane % 4 * 4;
@@ -164,12 +219,12 @@ class ScanHelper {
     }
   }
 
-  // dt_weight dt, left where the step sizes go. Lane 4 c + q gives the tensor cores columns 4 q .. 4 q + 3 of
-  // 16 as theirs 2 q, 2 q + 1, 2 q + 8 and 2 q + 9, of both operands, and zeros for eight channels more; it
-  // gets channel c and tokens 2 q, 2 q + 1.
+  // dt_weight dt + bias, left where the step sizes go. Lane 4 c + q gives the tensor cores columns 4 q .. 4 q
+  // + 3 of 16 as theirs 2 q, 2 q + 1, 2 q + 8 and 2 q + 9, of both operands, and zeros for eight channels
+  // more; it gets channel c and tokens 2 q, 2 q + 1.
   __device__ void project(int tile) {
     const int c = lane / 4, q = lane % 4;
-#pragma unroll
+#pragma unroll(Config::kBlocksPerSm == 1 ? 4 : 1)  // as registers allow
     for (int first = 0; first < Config::kTokens; first += 8) {
       const auto& row = s.source[tile % 3].dt[first + c];
       float dt[2] = {};
@@ -182,87 +237,90 @@ class ScanHelper {
         dt[0] = fmaf(sums[0], scales[i], dt[0]);
         dt[1] = fmaf(sums[1], scales[i], dt[1]);
       }
-      auto* steps = s.steps[tile % 2][pair * Config::kWarpChannels + c] + first + 2 * q;
-      steps[0].x = dt[0];
-      steps[1].x = dt[1];
+      auto* steps = s.steps[tile % 2][warp * Config::kWarpChannels + c] + first + 2 * q;
+      steps[0].x = dt[0] + bias[0];
+      steps[1].x = dt[1] + bias[0];
     }
     __syncwarp();
   }
 
-  Shared& s;
-  const SelectiveScanArgs& a;
-  const ScanPlace at;
-  const int thread = threadIdx.x % Config::kHelpers, pair = thread / 32, lane = thread % 32;
-  const int64_t channel;  // the warp's first
-  bool has_channels;
-  float D[Config::kWarpChannels], bias[Config::kWarpChannels];
+  float bias[Config::kRank > 0 ? 1 : Config::kWarpChannels];
   uint2 weight[Config::kProducts + 1];
   float scales[Config::kProducts + 1];
 };
 
-// Adds up 8 sums over the four lanes of a channel; lane q gets sums 2 q and 2 q + 1.
-__device__ inline float2 add_lanes(float (&sums)[8]) {
-#pragma unroll
-  for (int width = 2; width > 0; width /= 2) {
-    const bool upper = threadIdx.x & width;
-#pragma unroll
-    for (int i = 0; i < 2 * width; ++i) {
-      const float keep = upper ? sums[i + 2 * width] : sums[i], give = upper ? sums[i] : sums[i + 2 * width];
-      sums[i] = keep + __shfl_xor_sync(0xffffffff, give, width);
-    }
-  }
-  return make_float2(sums[0], sums[1]);
-}
+// What a scanning lane reads of a few tokens.
+template <class Config>
+struct ScanInputs {
+  float4 steps[Config::kGroup / 2];
+  typename ScanShared<Config>::LaneInputs BC[Config::kGroup];
 
-// decay holds A log2 e. The sums of a group go across the lanes beside the next group's steps.
+  __device__ void load(const ScanShared<Config>& s, int tile, int first) {
+    const int channel = threadIdx.x / Config::kLanes, q = threadIdx.x % Config::kLanes;
+    const auto* from = reinterpret_cast<const float4*>(&s.steps[tile % 2][channel][first]);
+#pragma unroll
+    for (int i = 0; i < Config::kGroup / 2; ++i) steps[i] = from[i];
+#pragma unroll
+    for (int i = 0; i < Config::kGroup; ++i) BC[i] = s.BC[tile % 4][first + i][q];
+  }
+};
+
+// decay holds A log2 e. A group is read beside the steps of the one before; past the last the first again,
+// for nothing.
 template <class Config>
 __device__ void advance(ScanShared<Config>& s, int tile, const float (&decay)[Config::kLaneStates],
                         float (&h)[Config::kLaneStates]) {
   using Element = typename Config::Element;
-  static_assert(Config::kLaneStates == 4);
   const int channel = threadIdx.x / Config::kLanes, q = threadIdx.x % Config::kLanes;
-  float* y = s.y[tile % 2][channel] + 2 * q;
-  float sums[Config::kGroup] = {};
+  float* y = s.y[tile % 2][channel][q];
+  ScanInputs<Config> next;
+  next.load(s, tile, 0);
 #pragma unroll 2
   for (int first = 0; first < Config::kTokens; first += Config::kGroup) {
-    float next[Config::kGroup];
+    const ScanInputs<Config> now = next;
+    next.load(s, tile, (first + Config::kGroup) % Config::kTokens);
+    float sums[Config::kGroup];
 #pragma unroll
     for (int i = 0; i < Config::kGroup; ++i) {
-      const int token = first + i;
-      const float2 step = s.steps[tile % 2][channel][token];
-      const uint2 raw_B = reinterpret_cast<const uint2*>(s.B[tile % 4][token])[q];
-      const uint2 raw_C = reinterpret_cast<const uint2*>(s.C[tile % 4][token])[q];
-      const float2 B[] = {widen_pair<Element>(raw_B.x), widen_pair<Element>(raw_B.y)};
-      const float2 C[] = {widen_pair<Element>(raw_C.x), widen_pair<Element>(raw_C.y)};
+      const float4 steps = now.steps[i / 2];
+      const float dt = i % 2 ? steps.z : steps.x, dt_x = i % 2 ? steps.w : steps.y;
 #pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        const float b = j % 2 ? B[j / 2].y : B[j / 2].x, c = j % 2 ? C[j / 2].y : C[j / 2].x;
-        h[j] = fmaf(exp2_approximate(step.x * decay[j]), h[j], step.y * b);
-        next[i] = j == 0 ? h[j] * c : fmaf(h[j], c, next[i]);
+      for (int j = 0; j < Config::kLaneStates; j += 2) {
+        const float2 B = widen_pair<Element>(now.BC[i].B[j / 2]), C = widen_pair<Element>(now.BC[i].C[j / 2]);
+        h[j] = fmaf(exp2_approximate(dt * decay[j]), h[j], dt_x * B.x);
+        h[j + 1] = fmaf(exp2_approximate(dt * decay[j + 1]), h[j + 1], dt_x * B.y);
+        sums[i] = fmaf(h[j + 1], C.y, j == 0 ? h[j] * C.x : fmaf(h[j], C.x, sums[i]));
       }
     }
-    *reinterpret_cast<float2*>(y + first) = add_lanes(sums);
-#pragma unroll
-    for (int i = 0; i < Config::kGroup; ++i) sums[i] = next[i];
+    *reinterpret_cast<float4*>(y + first) = make_float4(sums[0], sums[1], sums[2], sums[3]);
   }
-  *reinterpret_cast<float2*>(y + Config::kTokens) = add_lanes(sums);
 }
 
 template <class Config>
-__device__ void help(ScanShared<Config>& s, const SelectiveScanArgs& a, const ScanPlace& at, int tiles) {
-  ScanHelper<Config> helper(s, a, at);
+__device__ void copy_and_finish(ScanShared<Config>& s, const SelectiveScanArgs& a, const ScanPlace& at,
+                                int tiles) {
+  ScanFinisher<Config> helper(s, a, at);
   helper.copy(0);
   helper.copy(1);
   wait_for_copies<1>();
   __syncthreads();
   for (int tile = -1; tile <= tiles; ++tile) {
     helper.copy(tile + 3);
-    if (tile + 1 < tiles) helper.prepare(tile + 1);
     if (tile > 0) helper.finish(tile - 1);
     wait_for_copies<1>();  // but for the newest
     __syncthreads();
   }
   wait_for_copies<0>();
+}
+
+template <class Config>
+__device__ void prepare(ScanShared<Config>& s, const SelectiveScanArgs& a, const ScanPlace& at, int tiles) {
+  ScanPreparer<Config> helper(s, a, at);
+  __syncthreads();
+  for (int tile = -1; tile <= tiles; ++tile) {
+    if (tile + 1 < tiles) helper.prepare(tile + 1);
+    __syncthreads();
+  }
 }
 
 template <class Config>
@@ -301,10 +359,13 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
   find_tokens(a, sequence, first, tokens);
   const ScanPlace at = {first, blockIdx.x % blocks * Config::kChannels, static_cast<int>(tokens)};
   const int tiles = (at.tokens + Config::kTokens - 1) / Config::kTokens;
-  if (threadIdx.x < Config::kHelpers)
+  const int kind = threadIdx.x / Config::kKind;
+  if (kind == 0)
     scan(s, a, at, tiles, sequence);
+  else if (kind == 1)
+    copy_and_finish(s, a, at, tiles);
   else
-    help(s, a, at, tiles);
+    prepare(s, a, at, tiles);
 }
 
 }  // namespace ternary::sm90
