@@ -52,7 +52,8 @@ def random_model(config: MambaConfig, ternary: TernaryConfig, device: str, dtype
             tensor.random_(-127, 128)
         elif name.endswith("weight_scale"):
             table = "embeddings" in name or "lm_head" in name
-            tensor.fill_(0.02 / 64 if table else config.d_model**-0.5)
+            value = 64 if ternary.embedding == "int8" else 1  # about what the scale is multiplied with
+            tensor.fill_(0.02 / value if table else config.d_model**-0.5)
         elif name.endswith("A_log"):
             tensor.uniform_(1, 16).log_()
         elif name.endswith(("dt_bias", "dt_proj.bias")):
@@ -175,7 +176,7 @@ def implementations(args: argparse.Namespace, name: str) -> list[tuple[str, str,
             return model, llama_cpp(model, directory)
 
     found = [
-        ("ternary_ssm", "int8" if head == "int8" else args.dtype, partial(make_ours, head))
+        ("ternary_ssm", args.dtype if head == "float" else head, partial(make_ours, head))
         for head in args.heads
     ]
     if args.peers and args.device == "cuda":
@@ -250,7 +251,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--states", type=comma_list(), default=["fp32"], help="dtypes of the state: fp32,bf16"
     )
-    parser.add_argument("--heads", type=comma_list(), default=["float"], help="of float,int8")
+    parser.add_argument("--heads", type=comma_list(), default=["float"], help="of float,int8,ternary")
     parser.add_argument("--dtype", choices=DTYPES, help="of activations and head (fp16; on the CPU fp32)")
     parser.add_argument("--activations", default="a16", help="of ternary layers: a16, a8 (CPU), fp8 (GPU)")
     parser.add_argument("--group-size", type=int, help="128; on the CPU 256, llama.cpp's")

@@ -61,7 +61,15 @@ def test_model_with_rounded_activations(monkeypatch, tmp_path):
 @pytest.mark.usefixtures("tiny")
 def test_model(monkeypatch, tmp_path):
     found = run(
-        monkeypatch, tmp_path, "model", "--models", "tiny", "--heads", "float,int8", "--states", "fp32,bf16"
+        monkeypatch,
+        tmp_path,
+        "model",
+        "--models",
+        "tiny",
+        "--heads",
+        "float,int8,ternary",
+        "--states",
+        "fp32,bf16",
     )
     ours = [r for r in found if r["impl"] == "ternary_ssm"]
     assert all(list(r) == FIELDS for r in found)
@@ -73,7 +81,7 @@ def test_model(monkeypatch, tmp_path):
         }
         decode = {("decode", b, 1, state) for b in (1, 8) for state in ("fp32", "bf16")}
         prefill = {("prefill", 1, 16, "fp32"), ("prefill", 2, 8, "fp32")}
-        assert cases == {(*case, head) for case in decode | prefill for head in ("fp32", "int8")}
+        assert cases == {(*case, head) for case in decode | prefill for head in ("fp32", "int8", "ternary")}
     floors = {(r["model"], r["batch"], r["state_dtype"], r["head_dtype"]): r["floor_ms"] for r in ours[:4]}
     assert len(set(floors.values())) == 4 and min(floors.values()) > 0
 

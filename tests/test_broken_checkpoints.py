@@ -186,6 +186,7 @@ def test_config_of_transformers(changes, words, tmp_path):
         ({"group_size": "tensor"}, r"in_proj.weight_scale is \[\d+, 1\], expected \[1, 1\]"),
         ({"scale_dtype": "bfloat16"}, "in_proj.weight_scale is torch.float16, expected torch.bfloat16"),
         ({"embedding": "int8"}, "missing tensors backbone.embeddings.weight_scale"),
+        ({"embedding": "ternary"}, r"is \[56, 32\], config.json expects \[56, 8\]"),
         ({"modules": ["in_proj"]}, "unexpected backbone.layers.0.mixer.out_proj.weight_scale"),
         ({"modules": "in_proj"}, "modules is 'in_proj'"),
         ({"bits": 3}, "bits is 3, expected 2"),

@@ -23,6 +23,7 @@ KINDS = {
     "row": TernaryConfig(group_size="row", scale_dtype="bfloat16"),
     "tensor": TernaryConfig(group_size="tensor", scale_dtype="float32", embedding="int8"),
     "int8": TernaryConfig(group_size=32, embedding="int8"),
+    "ternary": TernaryConfig(group_size=32, embedding="ternary"),
 }
 # Models that transformers has no words for.
 FOREIGN = [
@@ -113,7 +114,7 @@ def test_what_transformers_cannot_describe(changes, kind, tmp_path):
 
 
 @pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("kind", ["dense", "packed", "int8"])
+@pytest.mark.parametrize("kind", ["dense", "packed", "int8", "ternary"])
 def test_dtypes(stored, kind, tmp_path):
     model = make(MAMBA2, KINDS[kind], dtype=stored)
     model.save_pretrained(tmp_path)
@@ -396,7 +397,7 @@ def test_a_failed_save_leaves_no_litter(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("embedding", "limit"), [("float", 540e6), ("int8", 437e6)])
+@pytest.mark.parametrize(("embedding", "limit"), [("float", 540e6), ("int8", 437e6), ("ternary", 361e6)])
 def test_size_of_the_1_3b_model(embedding, limit, tmp_path):
     config = MambaConfig(d_model=2048, n_layer=48, vocab_size=50277, pad_vocab_size_multiple=16)
     model = MambaLM(config, TernaryConfig(embedding=embedding), "meta", torch.float16)

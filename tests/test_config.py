@@ -54,7 +54,7 @@ def test_model_sizes_that_do_not_fit_are_refused(options, message):
         ({"group_size": True}, "group_size is True"),
         ({"rule": "median"}, "rule is 'median', expected one of absmean, twn, mse, binary, learned, bounded"),
         ({"scale_dtype": "int8"}, "scale_dtype is 'int8'"),
-        ({"embedding": "int4"}, "embedding is 'int4', expected one of float, int8"),
+        ({"embedding": "int4"}, "embedding is 'int4', expected one of float, int8, ternary"),
     ],
 )
 def test_quantizations_that_do_not_exist_are_refused(options, message):

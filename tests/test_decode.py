@@ -80,8 +80,9 @@ def check_against_the_reference(args: list, name="decode", states=STATES, size=l
         TernaryConfig(),
         TernaryConfig(group_size="row", embedding="int8"),
         TernaryConfig(group_size="tensor", scale_dtype="bfloat16"),
+        TernaryConfig(embedding="ternary"),
     ],
-    ids=["128", "row", "tensor"],
+    ids=["128", "row", "tensor", "table"],
 )
 def test_as_good_as_the_reference_in_the_same_dtype(device, dtype, ternary, batch):
     if device == "cuda" and dtype == F32:

@@ -16,6 +16,8 @@ from test_decode import BF16, F32, build
     [
         ({}, {}),
         ({"embedding": "int8"}, {}),
+        ({"embedding": "ternary"}, {}),
+        ({"embedding": "ternary", "group_size": "tensor", "scale_dtype": "float32"}, {}),
         ({"group_size": 64}, {"d_state": 64}),
         ({"group_size": "row"}, {"d_model": 192, "headdim": 4}),
     ],
@@ -36,8 +38,9 @@ def test_decoder_is_the_layers_path(dtype, ternary, options):
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16])
-def test_generate_on_the_cpu_runs_it(dtype, monkeypatch):
-    model, prompts = build(TernaryConfig(embedding="int8"), dtype), [[1, 2, 3], [80]]
+@pytest.mark.parametrize("embedding", ["int8", "ternary"])
+def test_generate_on_the_cpu_runs_it(dtype, embedding, monkeypatch):
+    model, prompts = build(TernaryConfig(embedding=embedding), dtype), [[1, 2, 3], [80]]
     calls, run = [], Decoder.__call__
     monkeypatch.setattr(Decoder, "__call__", lambda *args: calls.append(0) or run(*args))
     tokens = model.generate(prompts, 12)

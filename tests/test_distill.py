@@ -194,8 +194,10 @@ def test_gradients_go_straight_through_to_the_latent_weights(tmp_path, layer):
     torch.testing.assert_close(grads[0], layer_d.weight.grad, rtol=1e-3, atol=1e-6)
 
 
-def test_each_weight_is_rounded_once_a_step(tmp_path, monkeypatch):
-    d, calls, forward = make_distiller(tmp_path), [], FakeQuantize.forward
+@pytest.mark.parametrize(("embedding", "count"), [("float", 4), ("ternary", 5)])
+def test_each_weight_is_rounded_once_a_step(tmp_path, monkeypatch, embedding, count):
+    ternary = TernaryConfig(group_size=32, embedding=embedding)
+    d, calls, forward = make_distiller(tmp_path, ternary=ternary), [], FakeQuantize.forward
     monkeypatch.setattr(FakeQuantize, "forward", lambda self, w: calls.append(self) or forward(self, w))
 
     def use_once_more(layer, _inputs):
@@ -204,7 +206,7 @@ def test_each_weight_is_rounded_once_a_step(tmp_path, monkeypatch):
     for _, layer in quantized_layers(d.student):
         layer.register_forward_pre_hook(use_once_more)
     d.train_step()
-    assert len(calls) == len(set(calls)) == 4
+    assert len(calls) == len(set(calls)) == count
 
 
 def test_overfits_one_batch(tmp_path):

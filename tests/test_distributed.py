@@ -126,6 +126,14 @@ def test_the_numbers_are_those_of_one_process(tmp_path, single, world, options):
         assert found == pytest.approx(true, abs=1e-3)
 
 
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_ternary_tables(tmp_path, single, strategy):
+    options = single[1] | {"ternary": TernaryConfig(32, "learned", embedding="ternary")}
+    train(tmp_path / "one", options)
+    assert spawn(2, train, tmp_path / "two", options | {"strategy": strategy}) == [0, 0]
+    assert_same_run(tmp_path / "two", (tmp_path / "one", options))
+
+
 @pytest.mark.parametrize("share", [0.0, 1.0])
 def test_the_fused_form_on_split_parameters(tmp_path, single, share):
     options = single[1] | {"strategy": "fsdp", "recompute": share}
@@ -245,12 +253,20 @@ def test_torchrun(tmp_path):
         "--batch-size",
         str(BATCH),
     ]
-    options = ["--strategy", "fsdp", "--reset-at-documents", "--micro-batch-size", "1"]
+    options = [
+        "--embedding",
+        "ternary",
+        "--strategy",
+        "fsdp",
+        "--reset-at-documents",
+        "--micro-batch-size",
+        "1",
+    ]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, *launch, "distill", *flags, *sizes, *options]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
     assert done.returncode == 0, done.stderr
     student = MambaLM.from_pretrained(out)
-    assert student.ternary.group_size == 32
+    assert student.ternary == TernaryConfig(group_size=32, embedding="ternary")
     assert [r["step"] for r in runs.read_metrics(out)] == [1, 3]
     assert np.load(out / "tokens-train.npy").tolist()[:2] == [1, 1] and not list(out.glob("*.tmp"))

@@ -124,6 +124,18 @@ def test_ternary_as_f16(tokenizer, tmp_path):
     assert torch.equal(loaded.backbone.layers[1].mixer.in_proj.weight.float(), dense)
 
 
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("kind", ["f16", "tq2_0"])
+def test_ternary_tables_become_f16(kind, tied, tokenizer, tmp_path):
+    config = dataclasses.replace(MAMBA2, tie_embeddings=tied)
+    ternary = TernaryConfig(group_size=256, embedding="ternary")
+    model = make(config, ternary, dtype=torch.float16)
+    loaded = MambaLM.from_pretrained(export(model, tmp_path / "m.gguf", tokenizer, kind))
+    assert kind == "f16" or loaded.ternary.embedding == "float"
+    for theirs, own in ((loaded.backbone.embeddings, model.backbone.embeddings), (loaded.head, model.head)):
+        assert torch.equal(theirs.weight.float(), own.ternary.dequantize())
+
+
 def test_some_layers_and_groups_whose_neighbours_agree(tokenizer, tmp_path):
     names = ("backbone.layers.0.mixer.in_proj", "backbone.layers.1.mixer.x_proj")
     model = make(MAMBA1, TernaryConfig(group_size=128, modules=names), dtype=torch.float16)

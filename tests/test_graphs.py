@@ -60,14 +60,16 @@ def captures(device, monkeypatch) -> list:
     graphs._runners.clear()
 
 
-def build(shape: str = "decoder", device: str = "cpu", ternary: bool = True, **options) -> MambaLM:
+def build(
+    shape: str = "decoder", device: str = "cpu", ternary: bool = True, embedding: str = "float", **options
+) -> MambaLM:
     torch.manual_seed(0)
     d_model, cfg = SHAPES[shape]
     model = MambaLM(MambaConfig(d_model=d_model, n_layer=2, vocab_size=VOCAB, ssm_cfg=cfg, **options))
     with torch.no_grad():
         model.backbone.embeddings.weight.mul_(20)
     if ternary:
-        pack_(model, TernaryConfig(group_size=128 if shape == "decoder" else 32))
+        pack_(model, TernaryConfig(group_size=128 if shape == "decoder" else 32, embedding=embedding))
     on_decoder = shape == "decoder" and ternary and device == "cuda"  # which wants 16 bits there
     return model.to(device, torch.float16 if on_decoder else torch.float32).eval()
 
@@ -112,6 +114,15 @@ def test_equals_the_eager_path(device, captures, shape, ternary, sampling):
     for i, prompt in enumerate(PROMPTS[:2]):
         alone = sampling | ({"seed": 3 + i} if sampling else {})
         assert model.generate([prompt], 70, **alone) == [expected[i]]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("prompts", [PROMPTS, PROMPTS[:1]])
+def test_a_ternary_table(device, captures, shape, prompts):
+    model = build(shape, device, embedding="ternary")
+    expected = eager(model, prompts, 40)
+    assert [model.generate(prompts, 40) for _ in range(3)] == [expected] * 3
+    assert captures
 
 
 def test_random_numbers_of_many_blocks(device):

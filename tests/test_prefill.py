@@ -38,7 +38,7 @@ def check_against_the_reference(args: list) -> None:
     [
         (TernaryConfig(), {}),
         (TernaryConfig(group_size="row", embedding="int8"), {"d_state": 64}),
-        (TernaryConfig(group_size=32), {"d_state": 16, "headdim": 64}),
+        (TernaryConfig(group_size=32, embedding="ternary"), {"d_state": 16, "headdim": 64}),
     ],
 )
 @pytest.mark.parametrize("lengths", [(1,), (63, 64, 65), (130,)])
@@ -94,8 +94,9 @@ def test_goes_on_by_decoding(device):
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16])
-def test_is_the_layers_path(dtype):
-    model = build(TernaryConfig(embedding="int8"), dtype)
+@pytest.mark.parametrize("embedding", ["int8", "ternary"])
+def test_is_the_layers_path(dtype, embedding):
+    model = build(TernaryConfig(embedding=embedding), dtype)
     ids, bounds = torch.randint(90, (1, 20)), torch.tensor([0, 12, 20], dtype=torch.int32)
     caches = [model.empty_cache(2) for _ in range(2)]
     with torch.inference_mode():

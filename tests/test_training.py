@@ -149,15 +149,15 @@ def test_fp8_projections(device="cpu"):
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0])
-@pytest.mark.parametrize("ternary", [False, True])
+@pytest.mark.parametrize("embedding", [None, "float", "ternary"])
 @pytest.mark.parametrize("settings", [{}, {"ngroups": 2}, {"D_has_hdim": True}, {"dt_limit": [0.01, 0.1]}])
 @pytest.mark.parametrize("device", [pytest.param("cuda", marks=CUDA)])
-def test_the_fused_form_has_the_gradients_of_the_plain_one(device, share, ternary, settings):
+def test_the_fused_form_has_the_gradients_of_the_plain_one(device, share, embedding, settings):
     torch.manual_seed(0)
     ssm_cfg = {"layer": "Mamba2", "d_state": 64, "headdim": 64} | settings
     model = MambaLM(MambaConfig(d_model=256, n_layer=2, vocab_size=100, ssm_cfg=ssm_cfg), device=device)
-    if ternary:
-        quantize_(model, TernaryConfig(32))
+    if embedding is not None:
+        quantize_(model, TernaryConfig(32, embedding=embedding))
     ids = torch.randint(100, (2, 300), device=device)
     exact = gradients(model, 0.0, ids)
     plain, training_is_fused = {}, training.is_fused

@@ -135,14 +135,14 @@ def _inspect(args: argparse.Namespace) -> None:
 
 def _tensors(model: MambaLM) -> Iterator[tuple[str, tuple[int, ...], int, float | None]]:
     """(name, shape, bytes with scales, share of zeros if ternary) of every weight."""
-    from .layers import Int8Table, TernaryLinear
+    from .layers import Int8Table, PackedTable, TernaryLinear
 
     for name, module in model.named_modules():
-        if isinstance(module, TernaryLinear | Int8Table):
-            shape, zeros = tuple(module.weight.shape), None
-            if isinstance(module, TernaryLinear):
-                shape, zeros = (module.out_features, module.in_features), module.ternary.zero_ratio()
-            yield f"{name}.weight", shape, module.weight.nbytes + module.weight_scale.nbytes, zeros
+        if isinstance(module, TernaryLinear | PackedTable):
+            (n, k), zeros = module.weight.shape, None
+            if not isinstance(module, Int8Table):
+                k, zeros = 4 * k, module.ternary.zero_ratio()
+            yield f"{name}.weight", (n, k), module.weight.nbytes + module.weight_scale.nbytes, zeros
         for key, tensor in module.named_parameters(recurse=False):
             yield f"{name}.{key}", tuple(tensor.shape), tensor.nbytes, None
 

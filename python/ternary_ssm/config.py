@@ -204,14 +204,15 @@ class TernaryConfig:
         "bounded": as absmean with a trained scale, or absmean times a trained factor between 0 and 2.
     scale_dtype: "float16", "bfloat16" or "float32", in training, in files and in memory.
     modules: the Linear layers that become ternary, by last name ("in_proj") or in full.
-    embedding: "float" leaves embedding and head as they are, "int8" stores them with one scale a row.
+    embedding: "float" leaves embedding and head as they are; "int8" stores them with one scale a row;
+        "ternary" rounds them as the layers, in training too. Of a MambaLM only.
     """
 
     group_size: int | Literal["row", "tensor"] = 128
     rule: str = "absmean"
     scale_dtype: str = "float16"
     modules: tuple[str, ...] = ("in_proj", "out_proj")
-    embedding: Literal["float", "int8"] = "float"
+    embedding: Literal["float", "int8", "ternary"] = "float"
 
     def __post_init__(self) -> None:
         g = self.group_size
@@ -219,7 +220,7 @@ class TernaryConfig:
             raise ValueError(f"group_size is {g!r}, expected a positive multiple of 32, 'row' or 'tensor'")
         _one_of("rule", self.rule, ("absmean", "twn", "mse", "binary", "learned", "bounded"))
         _one_of("scale_dtype", self.scale_dtype, ("float16", "bfloat16", "float32"))
-        _one_of("embedding", self.embedding, ("float", "int8"))
+        _one_of("embedding", self.embedding, ("float", "int8", "ternary"))
         names = self.modules
         if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
             raise ValueError(f"modules is {names!r}, expected names of Linear layers")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from . import _C
-from .layers import Int8Table, TernaryLinear
+from .layers import PackedTable, TernaryLinear, TernaryTable
 from .ops import has_kernel
 
 if TYPE_CHECKING:
@@ -100,17 +100,19 @@ class Decoder:
             with torch.inference_mode(False):  # of use in either mode, as A is
                 workspace = decode_workspace(self.config, len(tokens), tokens.device)
                 self.workspaces[len(tokens)] = workspace
-        weights, workspace = self._weights(cache), self.workspaces[len(tokens)]
+        ids, *table = self._table(tokens)
+        weights, workspace = (*table, *self._weights(cache)), self.workspaces[len(tokens)]
         # A GPU's kernel does not round the activations of a token.
         activations = self.activations if tokens.device.type == "cpu" else "a16"
-        return torch.ops.ternary.decode(tokens, *weights, workspace, *self._options, activations)
+        return torch.ops.ternary.decode(ids, *weights, workspace, *self._options, activations)
 
     def prefill(self, ids: Tensor, cache: MambaCache, cu_seqlens: Tensor | None = None) -> Tensor:
         """Sequences [b, l], or those of cu_seqlens, from their beginning: the residual stream [b, l, d].
 
         Overwrites the cache.
         """
-        weights = self._weights(cache)
+        ids, *table = self._table(ids)
+        weights = (*table, *self._weights(cache))
         return torch.ops.ternary.prefill(ids, cu_seqlens, *weights, *self._options, self.activations)
 
     @property
@@ -127,12 +129,19 @@ class Decoder:
     def _options(self) -> tuple[float, float, float | None]:
         return self.config.norm_epsilon, *self.config.dt_limit
 
+    def _table(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(tokens, table, its scales) for the operators, to which a ternary table is the tokens' own rows."""
+        table = self.backbone.embeddings
+        if isinstance(table, TernaryTable):
+            rows = table(tokens.flatten(), self.backbone.norm_f.weight.dtype)
+            return torch.arange(len(rows), device=rows.device).view(tokens.shape), rows, None
+        return tokens, table.weight.detach(), table.weight_scale if isinstance(table, PackedTable) else None
+
     def _weights(self, cache: MambaCache) -> tuple[Tensor | None, ...]:
         """What both operators take."""
-        table, s, listed = self.backbone.embeddings, self.stacks, self.lists
-        scale = table.weight_scale if isinstance(table, Int8Table) else None
+        s, listed = self.stacks, self.lists
         return (
-            *(table.weight.detach(), scale, s["norm"], listed["in_codes"], listed["in_scales"]),
+            *(s["norm"], listed["in_codes"], listed["in_scales"]),
             *(s["conv_weight"].squeeze(2), s.get("conv_bias"), cache.conv, s["dt_bias"], self.A, s["D"]),
             *(cache.ssm, s["gate_norm"], listed["out_codes"], listed["out_scales"]),
         )
@@ -156,10 +165,9 @@ def next_logits(model: MambaLM, decoder: Decoder | None, tokens: Tensor, cache: 
     """The logits [b, v] behind one more token of each sequence; without a Decoder by the layers."""
     if decoder is None:
         return model(tokens.unsqueeze(1), cache).logits[:, 0]
-    hidden, norm = decoder(tokens, cache), model.backbone.norm_f
-    if _head_serves(hidden):
-        table = model.head
-        scale = table.weight_scale if isinstance(table, Int8Table) else None
+    hidden, norm, table = decoder(tokens, cache), model.backbone.norm_f, model.head
+    if _head_serves(hidden) and not isinstance(table, TernaryTable):
+        scale = table.weight_scale if isinstance(table, PackedTable) else None
         return torch.ops.ternary.head(hidden, norm.weight.detach(), table.weight.detach(), scale, norm.eps)
     return model.logits(norm(hidden.to(model.dtype)))
 
@@ -203,7 +211,7 @@ def _types_fit(model: MambaLM) -> bool:
     block, table = model.backbone.layers[0], model.backbone.embeddings
     found = [_find(block, _KINDS[kind]) for kind in _CAST]
     scales = [_find(block, _KINDS[kind]) for kind in ("in_scales", "out_scales")]
-    if isinstance(table, Int8Table):
+    if isinstance(table, PackedTable):
         scales.append(table.weight_scale)
     else:
         found.append(table.weight)

@@ -47,10 +47,7 @@ class TernaryLinear(nn.Module):
     @classmethod
     def from_linear(cls, linear: nn.Linear, config: TernaryConfig) -> TernaryLinear:
         """Rounds the linear's weight; one under QAT to the value that training saw."""
-        if hasattr(linear, "parametrizations"):
-            ternary = FakeQuantize.packed(linear)
-        else:
-            ternary = TernaryWeight.from_float(linear.weight, config)
+        ternary = _rounded(linear, config)
         packed = cls(linear.in_features, linear.out_features, config, bias=False, device="meta")
         packed.weight, packed.weight_scale, packed.bias = ternary.codes, ternary.scales, linear.bias
         return packed
@@ -72,16 +69,32 @@ class TernaryLinear(nn.Module):
         )
 
 
-class Int8Table(nn.Module):
-    """A token table of int8 rows with one scale each: embedding, head, or both where they are tied.
+class PackedTable(nn.Module):
+    """A token table in fewer than 16 bits: embedding, head, or both where they are tied."""
 
-    weight int8 [v, d], weight_scale [v, 1] = max |row| / 127.
-    """
+    def __init__(self, weight: Tensor, weight_scale: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("weight", weight)
+        self.register_buffer("weight_scale", weight_scale)
+
+    def forward(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
+        """ids [...] -> rows [..., d] in `dtype`."""
+        raise NotImplementedError
+
+    def logits(self, x: Tensor) -> Tensor:
+        """x [..., d] -> [..., v]."""
+        raise NotImplementedError
+
+    def _apply(self, fn, recurse=True):
+        return super()._apply(_keep_dtype(fn, self.weight_scale), recurse)
+
+
+class Int8Table(PackedTable):
+    """int8 rows with one scale each: weight int8 [v, d], weight_scale [v, 1] = max |row| / 127."""
 
     def __init__(self, rows: int, dim: int, scale_dtype: torch.dtype, device=None) -> None:
-        super().__init__()
-        self.register_buffer("weight", torch.zeros(rows, dim, dtype=torch.int8, device=device))
-        self.register_buffer("weight_scale", torch.zeros(rows, 1, dtype=scale_dtype, device=device))
+        weight = torch.zeros(rows, dim, dtype=torch.int8, device=device)
+        super().__init__(weight, torch.zeros(rows, 1, dtype=scale_dtype, device=device))
 
     @classmethod
     def from_float(cls, weight: Tensor, scale_dtype: torch.dtype) -> Int8Table:
@@ -94,15 +107,42 @@ class Int8Table(nn.Module):
         return table
 
     def forward(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
-        """ids [...] -> rows [..., d] in `dtype`."""
         return (F.embedding(ids, self.weight).float() * F.embedding(ids, self.weight_scale)).to(dtype)
 
     def logits(self, x: Tensor) -> Tensor:
-        """x [..., d] -> [..., v]."""
         return torch.ops.ternary.int8_linear(x, self.weight, self.weight_scale)
 
-    def _apply(self, fn, recurse=True):
-        return super()._apply(_keep_dtype(fn, self.weight_scale), recurse)
+
+class TernaryTable(PackedTable):
+    """Ternary rows: weight uint8 [v, d / 4] and weight_scale [v, groups] or [1, 1], as in TernaryLinear."""
+
+    def __init__(self, rows: int, dim: int, config: TernaryConfig, device=None) -> None:
+        scales = torch.zeros(config.scales_shape(rows, dim), dtype=config.torch_scale_dtype, device=device)
+        super().__init__(torch.zeros(rows, dim // 4, dtype=torch.uint8, device=device), scales)
+        self.dim, self.config = dim, config
+
+    @classmethod
+    def from_dense(cls, table: nn.Embedding | nn.Linear, config: TernaryConfig) -> TernaryTable:
+        """Rounds the table's weight; one under QAT to the value that training saw."""
+        ternary = _rounded(table, config)
+        rows, columns = ternary.codes.shape
+        packed = cls(rows, 4 * columns, config, device="meta")
+        packed.weight, packed.weight_scale = ternary.codes, ternary.scales
+        return packed
+
+    @property
+    def ternary(self) -> TernaryWeight:
+        return TernaryWeight(self.weight, self.weight_scale)
+
+    def forward(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
+        flat, scales = ids.flatten(), self.weight_scale
+        if self.config.group_size != "tensor":
+            scales = F.embedding(flat, scales)
+        rows = torch.ops.ternary.dequantize(F.embedding(flat, self.weight), scales, dtype)
+        return rows.view(*ids.shape, self.dim)
+
+    def logits(self, x: Tensor) -> Tensor:
+        return torch.ops.ternary.gemm(x, self.weight, self.weight_scale)
 
 
 class GatedRMSNorm(nn.Module):
@@ -298,6 +338,12 @@ class TernaryMamba(Mamba):
         self, config: MambaConfig, ternary: TernaryConfig, name: str = "", device=None, dtype=None
     ) -> None:
         super().__init__(config, ternary, name, device, dtype)
+
+
+def _rounded(layer: nn.Module, config: TernaryConfig) -> TernaryWeight:
+    if hasattr(layer, "parametrizations"):
+        return FakeQuantize.packed(layer)
+    return TernaryWeight.from_float(layer.weight, config)
 
 
 def _keep_dtype(fn: Callable[[Tensor], Tensor], *fixed: Tensor) -> Callable[[Tensor], Tensor]:

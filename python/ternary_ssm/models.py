@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from . import checkpoints, generation, training
 from .config import MambaConfig, TernaryConfig
-from .layers import Int8Table, Mamba, Mamba2, TernaryMamba, TernaryMamba2
+from .layers import Int8Table, Mamba, Mamba2, PackedTable, TernaryMamba, TernaryMamba2, TernaryTable
 
 
 @dataclass
@@ -95,7 +95,7 @@ class Backbone(nn.Module):
             and isinstance(self.embeddings, nn.Embedding)
         ):
             return training.run(self, ids)
-        x = self.embeddings(ids, dtype) if isinstance(self.embeddings, Int8Table) else self.embeddings(ids)
+        x = self.embeddings(ids, dtype) if isinstance(self.embeddings, PackedTable) else self.embeddings(ids)
         for i, block in enumerate(self.layers):
             states = (None, None) if cache is None else (cache.conv[i], cache.ssm[i])
             x = block(x, *states, cu_seqlens)
@@ -163,7 +163,7 @@ class MambaLM(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [..., d_model] -> [..., padded_vocab_size]."""
         head = self.head
-        return head.logits(hidden) if isinstance(head, Int8Table) else F.linear(hidden, head.weight)
+        return head.logits(hidden) if isinstance(head, PackedTable) else F.linear(hidden, head.weight)
 
     @property
     def head(self) -> nn.Module:
@@ -246,6 +246,8 @@ def _table(config: MambaConfig, ternary: TernaryConfig | None, dense, device, dt
     rows, dim = config.padded_vocab_size, config.d_model
     if ternary is not None and ternary.embedding == "int8":
         return Int8Table(rows, dim, ternary.torch_scale_dtype, device)
+    if ternary is not None and ternary.embedding == "ternary":
+        return TernaryTable(rows, dim, ternary, device)
     return dense(rows, dim, device=device, dtype=dtype)
 
 

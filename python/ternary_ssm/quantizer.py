@@ -121,7 +121,7 @@ class _StraightThrough(torch.autograd.Function):
 
 
 class FakeQuantize(nn.Module):
-    """The parametrization that QAT puts on `Linear.weight`: latent fp32 [n, k] -> code * scale in `dtype`.
+    """The parametrization that QAT puts on a layer's `weight`: latent fp32 [n, k] -> code * scale in `dtype`.
 
     Its value is exactly what packing the latent weight stores; its gradient goes straight through.
 
@@ -149,9 +149,9 @@ class FakeQuantize(nn.Module):
 
     @staticmethod
     @torch.no_grad()
-    def packed(linear: nn.Linear) -> TernaryWeight:
-        """What training sees of a linear that has this parametrization."""
-        weight = linear.parametrizations.weight
+    def packed(layer: nn.Module) -> TernaryWeight:
+        """What training sees of a layer that has this parametrization."""
+        weight = layer.parametrizations.weight
         fake = weight[-1]
         return TernaryWeight.from_float(weight.original, fake.config, fake.scales(weight.original))
 

@@ -23,14 +23,14 @@ class Rounding:
         self.share, self.counting = 1.0, False
         self._zeros: dict[str, Tensor] = {}
         for name, layer in quantized_layers(student):
-            rows, count = None, layer.out_features * layer.in_features
+            fake, (n, k) = layer.parametrizations.weight[-1], layer.parametrizations.weight.original.shape
+            rows, count = None, n * k
             if dense_rows and name.endswith("in_proj"):
-                rows = torch.ones(layer.out_features, 1, dtype=torch.bool)
+                rows = torch.ones(n, 1, dtype=torch.bool)
                 for dense in dense_rows:
                     rows[dense] = False
-                count = int(rows.sum()) * layer.in_features
+                count = int(rows.sum()) * k
                 rows = rows.to(student.device)
-            fake = layer.parametrizations.weight[-1]
             fake.register_forward_hook(self._hook(name, rows, count))
 
     def _hook(self, name: str, rows: Tensor | None, count: int):

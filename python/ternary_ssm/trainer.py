@@ -237,18 +237,19 @@ class Distiller:
         """(loss, KL, CE, mean 1 - cos of the hidden states), means over the windows' tokens."""
         c, ids = self.config, self.stream.rows(windows)
         labels = ids[:, 1:].to(self.device)
-        heads, options = (student.head.weight,), (labels, c.kl_weight, c.temperature)
+        options = labels, c.kl_weight, c.temperature
         hidden_t = None if self._cache is not None else self._teach(windows)
         autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=c.dtype == "bfloat16")
         with (
             autocast,
             parametrize.cached(),
         ):  # rounds each weight once, and again in blocks that run again
+            head = student.head.weight  # tied and rounded, it is what the embedding finds in the cache
             hidden_s = student.backbone(*self._inputs(ids)).view(*labels.shape, -1)
             if hidden_t is None:
-                losses = top_k_loss(hidden_s, *heads, *self._cache.read(windows, self.device), *options)
+                losses = top_k_loss(hidden_s, head, *self._cache.read(windows, self.device), *options)
             else:
-                losses = distillation_loss(hidden_s, hidden_t, *heads, self.teacher.head.weight, *options)
+                losses = distillation_loss(hidden_s, hidden_t, head, self.teacher.head.weight, *options)
         if not c.hidden_weight:
             return *losses, losses[0].new_zeros(())
         distance = 1 - F.cosine_similarity(hidden_s.float(), hidden_t.float(), dim=-1).mean()

@@ -112,10 +112,12 @@ def _check_sizes(checkpoint: Checkpoint) -> None:
         )
     if (table := tensors.get(f"{EMBEDDING}.weight")) is None:
         raise CheckpointError(f"{directory}: no tensor {EMBEDDING}.weight")
-    if list(table.shape) != [config.padded_vocab_size, config.d_model]:
+    packed = checkpoint.ternary is not None and checkpoint.ternary.embedding == "ternary"
+    columns = config.d_model // 4 if packed else config.d_model
+    if list(table.shape) != [config.padded_vocab_size, columns]:
         raise CheckpointError(
             f"{directory}: {EMBEDDING}.weight is {list(table.shape)}, {settings} expects "
-            f"[{config.padded_vocab_size}, {config.d_model}] (padded vocabulary, d_model)"
+            f"[{config.padded_vocab_size}, {columns}] (padded vocabulary, d_model{' / 4' * packed})"
         )
     mixer = {"d_state": config.d_state, "d_conv": config.d_conv, "expand": config["expand"]}
     mixer |= {"headdim": config.headdim} if config.is_mamba2 else {"dt_rank": config.dt_rank}

@@ -135,7 +135,9 @@ def _encode(
     """(key, array, type) of a tensor and perhaps of its scale."""
     tensor, scales = tensors[name].detach().cpu(), tensors.get(f"{name}_scale")
     where = f"{path}: {name}"
-    if scales is not None and kind != "f16":
+    # A ternary token table goes as F16, a type that every build of llama.cpp takes there.
+    wide = tensor.dtype == torch.uint8 and key in ("token_embd.weight", "output.weight")
+    if scales is not None and kind != "f16" and not wide:
         scales = scales.cpu()
         if tensor.dtype == torch.int8:
             yield key, _encode_int8(where, tensor, scales), "Q8_0"
