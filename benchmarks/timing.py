@@ -154,22 +154,16 @@ def begin(args: argparse.Namespace) -> tuple[dict[str, Any], tuple[float, float]
 
 
 def write(args: argparse.Namespace, head: dict[str, Any], records: Iterable[Any]) -> None:
-    """Writes the records as they come, and those that there are if that is interrupted."""
-    done = []
-    try:
-        for record in records:
-            done.append(record)
-    finally:
-        if done:
-            _write(args, head, done)
-
-
-def _write(args: argparse.Namespace, head: dict[str, Any], records: list) -> None:
+    """Writes the file anew with each record: a run that is ended leaves what it has found."""
     out = args.out or RESULTS / f"{args.command}-{args.device}-{head['date'][:10]}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
-    kept = json.loads(out.read_text())["records"] if getattr(args, "append", False) and out.exists() else []
-    data = {"header": head, "records": kept + [asdict(r) for r in records]}
-    out.write_text(json.dumps(data, indent=1) + "\n")
+    appends = getattr(args, "append", False) and out.exists()
+    done = json.loads(out.read_text())["records"] if appends else []
+    for record in records:
+        done.append(asdict(record))
+        whole = out.with_name(out.name + ".part")
+        whole.write_text(json.dumps({"header": head, "records": done}, indent=1) + "\n")
+        whole.replace(out)
     print(f"\nwritten to {out}")
 
 
