@@ -240,6 +240,7 @@ TABLES = {
     "cpu_a8": (RESULTS / "cpu_model_a8.json", rates),
     "cpu_load": (RESULTS / "cpu_load.json", loading),
     "training": (TRAINING, training),
+    "training_monitor": (RESULTS / "h200_training_monitor.json", training),
     "training_bf16": (RESULTS / "h200_training_bf16.json", training),
     "training_gpus": (RESULTS / "h200x2_training.json", training),
     "study": (STUDY, study),

@@ -86,7 +86,7 @@ def test_rows_have_the_bits_that_they_have_alone(kind):
 
 @on_gpu
 @pytest.mark.parametrize("embedding", ["float", "int8", "ternary"])
-@pytest.mark.parametrize("batch", [1, 3, 8, 9])
+@pytest.mark.parametrize("batch", [1, 3, 8, 9, 65])
 def test_a_step_of_decoding_takes_it(batch, embedding):
     torch.manual_seed(0)
     model = MambaLM(MambaConfig(d_model=256, n_layer=2, vocab_size=90, ssm_cfg={"headdim": 32}))

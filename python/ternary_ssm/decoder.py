@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from . import _C
-from .layers import PackedTable, TernaryLinear, TernaryTable
+from .layers import Int8Table, PackedTable, TernaryLinear, TernaryTable
 from .ops import has_kernel
 
 if TYPE_CHECKING:
@@ -165,17 +165,20 @@ def next_logits(model: MambaLM, decoder: Decoder | None, tokens: Tensor, cache: 
     """The logits [b, v] behind one more token of each sequence; without a Decoder by the layers."""
     if decoder is None:
         return model(tokens.unsqueeze(1), cache).logits[:, 0]
-    hidden, norm, table = decoder(tokens, cache), model.backbone.norm_f, model.head
-    if _head_serves(hidden) and not isinstance(table, TernaryTable):
-        scale = table.weight_scale if isinstance(table, PackedTable) else None
+    return last_logits(model, decoder(tokens, cache))
+
+
+def last_logits(model: MambaLM, hidden: Tensor) -> Tensor:
+    """The last norm and the head of what a Decoder gives: [b, d] -> [b, v]."""
+    norm, table = model.backbone.norm_f, model.head
+    tokens, dim = hidden.shape
+    int8 = isinstance(table, Int8Table)
+    # The operator's kernel reads the table once for each eight tokens.
+    most = 0 if not hidden.is_cuda or isinstance(table, TernaryTable) else 64 if int8 else 8
+    if tokens <= most and dim % 32 == 0 and dim <= 4416:
+        scale = table.weight_scale if int8 else None
         return torch.ops.ternary.head(hidden, norm.weight.detach(), table.weight.detach(), scale, norm.eps)
     return model.logits(norm(hidden.to(model.dtype)))
-
-
-def _head_serves(hidden: Tensor) -> bool:
-    """Whether the operator's kernel is the fastest way: it reads the table once for each eight tokens."""
-    tokens, dim = hidden.shape
-    return hidden.is_cuda and tokens <= 8 and dim % 32 == 0 and dim <= 4416
 
 
 class Watch:

@@ -18,7 +18,7 @@ from weakref import WeakKeyDictionary, WeakValueDictionary
 import torch
 from torch import Tensor
 
-from .decoder import Decoder, Watch, next_logits
+from .decoder import Decoder, Watch, last_logits, next_logits
 from .ops import has_kernel
 from .sampling import Sampler, SamplingConfig, put
 
@@ -185,8 +185,7 @@ class Prefill:
     def run(self, model: MambaLM) -> Tensor:
         if self.decoder is not None and self.decoder.prefills:
             hidden = self.decoder.prefill(self.ids, self.cache, self.bounds)
-            last = hidden[0, self.bounds[1:].long() - 1].to(model.dtype)
-            return model.logits(model.backbone.norm_f(last))
+            return last_logits(model, hidden[0, self.bounds[1:].long() - 1])
         self.cache.conv.zero_()
         self.cache.ssm.zero_()
         return model(self.ids, self.cache, self.bounds, last_only=True).logits[:, 0]
