@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ternary_ssm import MambaConfig, MambaLM, TernaryConfig, quantize_, runs
+from ternary_ssm import MambaConfig, MambaLM, TernaryConfig, runs
 from ternary_ssm.data import DataError, TokenStream
 from ternary_ssm.distill import DistillConfig, Distiller, DistillError, distill, distillation_loss
-from ternary_ssm.evaluate import nats_per_token, perplexity
+from ternary_ssm.evaluate import nats_per_token
 from ternary_ssm.layers import TernaryLinear
 from ternary_ssm.quantizer import FakeQuantize
 from ternary_ssm.surgery import quantized_layers
@@ -351,7 +351,7 @@ def test_refuses_unfit_parts(tmp_path):
         Distiller(make_teacher(), TokenStream(d.stream.tokens, 8, BATCH), d.config, tmp_path)
 
 
-# --- the command's function and evaluation ------------------------------------------------------------------
+# --- the command's function ---------------------------------------------------------------------------------
 
 
 def test_distill_from_files_to_files(tmp_path, monkeypatch):
@@ -376,31 +376,3 @@ def test_distill_from_files_to_files(tmp_path, monkeypatch):
     np.save(tmp_path / "data.npy", np.full(400, VOCAB))
     with pytest.raises(DataError, match="token 0 is 128, expected 0 to 127"):
         distill(tmp_path, *files)
-
-
-@pytest.mark.parametrize(
-    ("n", "length", "batch"), [(2, 1, 1), (2, 8, 2), (17, 8, 2), (50, 7, 3), (51, 50, 4)]
-)
-def test_nats_per_token_is_the_mean_over_all_tokens(n, length, batch):
-    model = quantize_(make_teacher(), TERNARY)
-    tokens = np.random.RandomState(0).randint(0, VOCAB, n).astype(np.uint16)
-    ids, losses = torch.from_numpy(tokens.astype(np.int64)), []
-    for begin in range(0, n - 1, length):
-        window = ids[begin : begin + length + 1]
-        logits = model(window[None, :-1]).logits[0]
-        losses.append(F.cross_entropy(logits, window[1:], reduction="none"))
-    expected = torch.cat(losses).double()
-    assert len(expected) == n - 1
-    with torch.autocast("cpu", torch.bfloat16):  # must not matter
-        found = nats_per_token(model, tokens, length, batch)
-    assert found == pytest.approx(expected.mean().item(), rel=1e-5)
-
-
-def test_perplexity_of_no_opinion_is_the_vocabulary():
-    model = make_teacher()
-    model.backbone.embeddings.weight.data.zero_()
-    assert perplexity(model, np.arange(40), 8, 2) == pytest.approx(VOCAB, rel=1e-5)
-    with pytest.raises(ValueError, match="1 tokens, expected at least 2"):
-        perplexity(model, np.arange(1), 8, 2)
-    with pytest.raises(ValueError, match="batch_size is 0"):
-        perplexity(model, np.arange(9), 8, 0)
