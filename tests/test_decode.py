@@ -68,7 +68,10 @@ def check_against_the_reference(args: list, name="decode", states=STATES, size=l
     assert y.dtype == F32 and y.shape == y_same.shape
     pairs = [(y, y_same, y_exact)] + [(ours[i], same[i], exact[i]) for i in states]
     for got, torch_got, want in pairs:
-        epsilon = 4 * torch.finfo(got.dtype).eps * want.abs().max()
+        eps = torch.finfo(got.dtype).eps
+        if y.device.type == "cpu":  # its products take 16 bits of fp32 activations
+            eps = max(eps, 2**-14)
+        epsilon = 4 * eps * want.abs().max()
         assert size(got - want) <= 2 * size(torch_got - want) + epsilon
 
 

@@ -89,7 +89,8 @@ def test_goes_on_by_decoding(device):
     decoder.prefill(ids[:, :30].contiguous(), cache)
     for i in range(30, 40):
         y = decoder(ids[:, i].contiguous(), cache)
-        tolerance = 100 * torch.finfo(dtype).eps
+        # a CPU's products round fp32 to 16 bits, where the last bits of what comes in may decide
+        tolerance = 2**-13 if device == "cpu" else 100 * torch.finfo(dtype).eps
         torch.testing.assert_close(y, hidden[:, i], rtol=tolerance, atol=tolerance)
 
 

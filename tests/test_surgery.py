@@ -13,6 +13,7 @@ from ternary_ssm.reference import ReferenceMode
 from ternary_ssm.surgery import quantized_layers
 
 TERNARY = TernaryConfig(group_size=32)
+CLOSE = {"rtol": 1e-3, "atol": 3e-4}  # of logits up to 1: packed products take 16 bits of activations
 HOST_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # the hosts' fused paths are on the GPU alone
 
 
@@ -123,7 +124,7 @@ def test_packed_equals_trained(model, layer):
             assert torch.equal(packed_bits, trained)  # bit for bit on reference arithmetic
         trained = logits(model)
         packed = logits(pack_(model))
-        assert (packed - trained).norm() <= (0.01 if theirs else 1e-4) * trained.norm()  # theirs: tf32
+        assert (packed - trained).norm() <= (0.01 if theirs else 3e-4) * trained.norm()  # theirs: tf32
     assert all(isinstance(linear, TernaryLinear) for _, linear in quantized_layers(model))
 
 
@@ -133,7 +134,7 @@ def test_packing_a_dense_model_rounds_it(layer):
     packed = pack_(model, TERNARY)
     assert packed.ternary == TERNARY
     with torch.no_grad():
-        torch.testing.assert_close(logits(packed), logits(trained), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(logits(packed), logits(trained), **CLOSE)
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -160,7 +161,7 @@ def test_all_projections_of_mamba1_can_be_ternary():
     model = quantize_(own_model("Mamba1"), config)
     with torch.no_grad():
         trained = logits(model)
-        torch.testing.assert_close(logits(pack_(model)), trained, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(logits(pack_(model)), trained, **CLOSE)
 
 
 def test_casts_leave_scales_and_dynamics_alone(layer):

@@ -41,18 +41,13 @@ static void run_first_invalid(const FirstInvalidArgs& args, const Tensor& codes)
   parallel(first_invalid_cpu, args, codes.numel(), 1);
 }
 
-// The kernel of the activations asked for; items to its work items.
-static auto* kernel_of(const GemmArgs& args, int64_t& items) {
+static int64_t items(const GemmArgs& args) {
   const GemmTiles tiles = gemm_tiles(args);
-  const GemmInt8Tiles int8_tiles = gemm_int8_tiles(args);
-  items = args.a8 ? int8_tiles.down * int8_tiles.across : tiles.down * tiles.across;
-  return args.a8 ? gemm_int8_cpu : gemm_cpu;
+  return tiles.down * tiles.across;
 }
 
 static void run_gemm(const GemmArgs& args, const Tensor&) {
-  int64_t items;
-  auto* const kernel = kernel_of(args, items);
-  parallel(kernel, args, items, args.m * args.n * args.k / items);
+  parallel(gemm_cpu, args, items(args), args.m * args.n * args.k / items(args));
 }
 
 static void run_int8_linear(const Int8LinearArgs& args, const Tensor&) {
@@ -141,9 +136,7 @@ static void decode_layers(const DecodeArgs& a, DecodeTensors& tensors, Member& m
                         .group = group,
                         .one_scale = one_scale,
                         .a8 = a.a8};
-    int64_t items;
-    auto* const kernel = kernel_of(gemm, items);
-    member.run(kernel, gemm, items);
+    member.run(gemm_cpu, gemm, items(gemm));
   };
   member.run(embed_cpu, embed, b);
   for (int64_t i = 0; i < a.layers; ++i) {

@@ -1,195 +1,148 @@
 #include "kernels/gemm.h"
 
-#include <utility>
+#include "kernels/cpu/gemm_operands.h"
 
-#include "kernels/codes.h"
-#include "kernels/cpu/convert.h"
-
-// A tile of y is computed in blocks of up to kBlock weights of one group:
-//   1. the codes of the block are laid out with one column of y a lane;
-//   2. with few rows they are decoded in registers on the way, with many once into `weights`;
-//   3. half of x times twice the weights, summed in registers; then sums += scale * that.
-// Each element of y goes through the same operations in the same order wherever its tile lies and
-// however many rows there are: neither threads nor the batch change its bits.
+// Integers times integers. x is rounded to one byte an element (a8) or to two (a16), which are two rows of
+// bytes here; weights become bytes. A lane is a row of the weight, so that nothing is summed across lanes:
+//
+//   lane                       0       1       2      ...
+//   bytes of the weight      row 0   row 1   row 2           4 columns of each, as unsigned bytes
+//   bytes of x               the same 4 columns of a token
+//
+// The sums of a span are exact. Times the scales of x and of the lanes they are added up in fp32, from span
+// to span, whatever tile and batch an element of y is in.
 namespace ternary::TERNARY_ISA {
 namespace {
 
-#if defined(__AVX512F__)
-constexpr int kLanes = 16, kRegisters = 32;
-#elif defined(__AVX__)
-constexpr int kLanes = 8, kRegisters = 16;
-#else
-constexpr int kLanes = 4, kRegisters = 16;
-#endif
-typedef float Floats __attribute__((vector_size(4 * kLanes), may_alias));
-typedef int32_t Ints __attribute__((vector_size(4 * kLanes), may_alias));
+constexpr int kSums = 6;    // rows of x computed at once: 2 x 6 sums and their terms fill 16 registers
+constexpr int kDirect = 2;  // rows of x for which the weights' bytes are not worth storing
 
-constexpr int kBlock = 128;  // short enough for fp32 sums in a row, and the usual group
-constexpr int kWords = kBlock / kWeightsPerWord;
-typedef int32_t RowCodes __attribute__((vector_size(4 * kWords), aligned(1), may_alias));  // of a block
-constexpr int kRows = GemmTiles::kStep;  // 6 x 2 sums fill 16 registers, 6 x 4 fill 32
-constexpr int kColumns = GemmTiles::kColumns;
-constexpr int kVectors = kColumns / kLanes;
-
-int least(int64_t a, int64_t b) { return static_cast<int>(a < b ? a : b); }
-int ceil_div(int a, int b) { return (a + b - 1) / b; }
-
-struct Tile {                               // a lane a column of y
-  Floats sums[GemmTiles::kRows][kVectors];  // of y's rows so far
-  Floats scale[kVectors];                   // of the group
-  Ints words[kWords][kVectors];             // codes of the block
-  Floats weights[kBlock][kVectors];         // twice what they stand for, where that is worth storing
-  float x[kRows][kBlock];                   // half of x
-};
-
-// Where `multiply` finds weight 16 * word + i of the columns of vector v.
-struct FromWords {
-  const Tile& tile;
-  Floats operator()(int word, int i, int v) const {
-    return __builtin_bit_cast(Floats, twice_weight_at(tile.words[word][v], i));
-  }
-};
-struct FromWeights {
-  const Tile& tile;
-  Floats operator()(int word, int i, int v) const { return tile.weights[word * kWeightsPerWord + i][v]; }
-};
-
-// sums += scale * (x w^T) for rows x vectors of the tile.
-template <int rows, int vectors, class Weights>
-void multiply(const Tile& tile, const Weights& weights, int words, int v0, Floats (*sums)[kVectors]) {
-  Floats sum[rows][vectors] = {};
-  for (int word = 0; word < words; ++word)
-#pragma GCC unroll 16
-    for (int i = 0; i < kWeightsPerWord; ++i) {
-      Floats w[vectors];
-      for (int v = 0; v < vectors; ++v) w[v] = weights(word, i, v0 + v);
-      for (int r = 0; r < rows; ++r)
-        for (int v = 0; v < vectors; ++v) sum[r][v] += w[v] * tile.x[r][word * kWeightsPerWord + i];
+// sums[t] += exact sums of a span times both scales.
+template <int tokens, int planes>
+inline void add_span(const Ints (&exact)[tokens * planes][kVectors], const float* scale, const Panel& panel,
+                     const Span& span, Vec (*sums)[kVectors]) {
+#pragma GCC unroll 6  // at once: otherwise the compiler keeps all of `exact` in memory
+  for (int t = 0; t < tokens; ++t)
+    for (int v = 0; v < kVectors; ++v) {
+      Ints whole = total(exact[t * planes][v]);
+      if (planes == 2) whole += total(exact[t * planes + planes - 1][v]) << 8;
+      sums[t][v] += __builtin_convertvector(whole, Vec) * scale[t] * panel.scale(span, v);
     }
+}
+
+// sums[t] += span s of tokens t0 + t.
+template <int tokens, int planes>
+void multiply(const Panel& panel, const RoundedTokens& x, const Span& span, int64_t s, int t0,
+              Vec (*sums)[kVectors]) {
+  constexpr int rows = tokens * planes;
+  Ints exact[rows][kVectors];
+  const int32_t *const start = x.start(s, t0 * planes), *const bytes = x.bytes(s, t0 * planes);
+  const int64_t stride = 4 * span.padded;
   for (int r = 0; r < rows; ++r)
-    for (int v = 0; v < vectors; ++v) sums[r][v0 + v] += sum[r][v] * tile.scale[v0 + v];
-}
-
-template <int rows = kRows, class Weights>
-void multiply_rows(int wanted, const Tile& tile, const Weights& weights, int words, int across,
-                   Floats (*sums)[kVectors]) {
-  if constexpr (rows > 1)
-    if (wanted < rows) return multiply_rows<rows - 1>(wanted, tile, weights, words, across, sums);
-  // Enough sums to hide the latency of an addition, few enough for the registers.
-  constexpr bool decodes = __is_same(Weights, FromWords);
-  constexpr int vectors = kRegisters == 32 || rows <= 2 ? 4 : decodes && rows > 4 ? 1 : 2;
-  for (int v = 0; v < across; v += vectors) multiply<rows, vectors>(tile, weights, words, v, sums);
-}
-
-// a0 b0 a1 b1 ... of the lanes from `first` on.
-template <int first, size_t... i>
-Ints interleave(Ints a, Ints b, std::index_sequence<i...>) {
-  return __builtin_shufflevector(a, b, (first + i / 2 + i % 2 * kLanes)...);
-}
-
-// [kLanes][kWords] -> [kWords][kLanes]: to interleave the halves of the whole rotates the bits of each
-// element's place, until those of the row, at first the highest, are the lowest.
-void transpose(Ints (&block)[kWords]) {
-  constexpr auto lanes = std::make_index_sequence<kLanes>();
-  for (int bit = 1; bit < kLanes; bit *= 2) {
-    Ints next[kWords];
-    for (int i = 0; i < kWords / 2; ++i) {
-      next[2 * i] = interleave<0>(block[i], block[i + kWords / 2], lanes);
-      next[2 * i + 1] = interleave<kLanes / 2>(block[i], block[i + kWords / 2], lanes);
+    for (int v = 0; v < kVectors; ++v) exact[r][v] = start[r] - Ints{};
+#pragma GCC unroll 2
+  for (int64_t j = 0; j < 4 * span.words; ++j) {
+    const Ints w[kVectors] = {panel.bytes[j][0], panel.bytes[j][1]};
+    for (int r = 0; r < rows; ++r) {
+      const Ints one = bytes[r * stride + j] - Ints{};
+      for (int v = 0; v < kVectors; ++v) exact[r][v] = add_dot(exact[r][v], w[v], one);
     }
-    for (int i = 0; i < kWords; ++i) block[i] = next[i];
   }
+  add_span<tokens, planes>(exact, x.scale(s, t0), panel, span, sums);
 }
 
-// Asks for a part of the next tile's codes, so that all of them are read in the order in which they lie.
-void prefetch(const GemmArgs& a, int64_t n0, int64_t first, int depth) {
-  const uint8_t* next = a.codes + ((n0 + kColumns) * a.k + first * kColumns) / kWeightsPerByte;
-  for (int i = 0; i < depth * kColumns / kWeightsPerByte; i += 64) __builtin_prefetch(next + i);
-}
-
-// The codes of `depth` weights from `first` on, of rows n0 .. n0 + columns of the weight; the rest is 0.
-void load_words(const GemmArgs& a, int64_t n0, int columns, int across, int64_t first, int depth,
-                Tile& tile) {
-  for (int v = 0; v < across; ++v) {
-    Ints block[kWords];
-    const auto rows = reinterpret_cast<RowCodes*>(block);
-    const int lanes = least(kLanes, columns - v * kLanes);
-    if (lanes < kLanes || depth < kBlock) __builtin_memset(block, 0, sizeof block);
-    for (int lane = 0; lane < lanes; ++lane) {
-      const uint8_t* codes = a.codes + ((n0 + v * kLanes + lane) * a.k + first) / kWeightsPerByte;
-      if (depth == kBlock)
-        rows[lane] = *reinterpret_cast<const RowCodes*>(codes);
-      else
-        __builtin_memcpy(&rows[lane], codes, depth / kWeightsPerByte);
+// sums = all spans of so few tokens that the weights' bytes are not worth storing.
+template <int tokens, int planes>
+void multiply_few(const Panel& panel, const RoundedTokens& x, const std::vector<Span>& spans,
+                  Vec (*sums)[kVectors]) {
+  constexpr int rows = tokens * planes;
+  Vec found[tokens][kVectors] = {};
+  for (size_t s = 0; s < spans.size(); ++s) {
+    const Span& span = spans[s];
+    const int32_t *const start = x.start(s, 0), *const bytes = x.bytes(s, 0);
+    const int64_t stride = 4 * span.padded;
+    Ints exact[rows][kVectors];
+    for (int r = 0; r < rows; ++r)
+      for (int v = 0; v < kVectors; ++v) exact[r][v] = start[r] - Ints{};
+    for (int64_t word = 0; word < span.words; word += 4) {
+      Ints words[kVectors][4];
+      for (int v = 0; v < kVectors; ++v) panel.load_words(span, word, v, words[v]);
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) {
+#pragma GCC unroll 2
+        for (int v = 0; v < kVectors; ++v) {
+          Ints w[4];
+          decode(words[v][i], w);
+#pragma GCC unroll 4
+          for (int p = 0; p < 4; ++p)
+#pragma GCC unroll 2
+            for (int r = 0; r < rows; ++r) {
+              exact[r][v] = add_dot(exact[r][v], w[p], bytes[r * stride + 4 * (word + i) + p] - Ints{});
+#ifdef TERNARY_X86
+              asm("" : "+v"(exact[r][v]));  // in this order: all products at once exceed the registers
+#endif
+            }
+        }
+      }
     }
-    transpose(block);
-    for (int word = 0; word < kWords; ++word) tile.words[word][v] = block[word];
+    add_span<tokens, planes>(exact, x.scale(s, 0), panel, span, found);
   }
+  for (int t = 0; t < tokens; ++t)
+    for (int v = 0; v < kVectors; ++v) sums[t][v] = found[t][v];
 }
 
-void load_scales(const GemmArgs& a, int64_t n0, int columns, int64_t group, Tile& tile) {
-  const int64_t groups = a.k / a.group;
-  float scale[kColumns] = {};
-  for (int c = 0; c < columns; ++c)
-    scale[c] = load_float(a.scales, a.scale_type, a.one_scale ? 0 : (n0 + c) * groups + group);
-  __builtin_memcpy(tile.scale, scale, sizeof scale);
+template <int planes, int tokens = kSums / planes>
+void multiply_tokens(int wanted, const Panel& panel, const RoundedTokens& x, const Span& span, int64_t s,
+                     int t0, Vec (*sums)[kVectors]) {
+  if constexpr (tokens > 1)
+    if (wanted < tokens) return multiply_tokens<planes, tokens - 1>(wanted, panel, x, span, s, t0, sums);
+  multiply<tokens, planes>(panel, x, span, s, t0, sums);
 }
 
-void load_x(const GemmArgs& a, int64_t m0, int rows, int64_t first, int depth, Tile& tile) {
-  for (int r = 0; r < rows; ++r) {
-    load_floats(a.x, a.type, (m0 + r) * a.k + first, depth, tile.x[r]);
-    for (int i = 0; i < depth; ++i) tile.x[r][i] *= 0.5f;
-    for (int i = depth; i % kWeightsPerWord; ++i) tile.x[r][i] = 0;
-  }
-}
-
-void store(const GemmArgs& a, int64_t m0, int rows, int64_t n0, int columns, Tile& tile) {
-  float bias[kColumns];
-  if (a.bias) load_floats(a.bias, a.bias_type, n0, columns, bias);
-  for (int r = 0; r < rows; ++r) {
-    auto y = reinterpret_cast<float*>(tile.sums[r]);
+void store_tile(const GemmArgs& a, int64_t m0, int tokens, int64_t n0, int64_t rows,
+                const Vec (*sums)[kVectors]) {
+  float bias[kPanel] = {}, y[kPanel];
+  if (a.bias) load_floats(a.bias, a.bias_type, n0, rows, bias);
+  for (int t = 0; t < tokens; ++t) {
+    __builtin_memcpy(y, sums[t], sizeof y);
     if (a.bias)
-      for (int c = 0; c < columns; ++c) y[c] += bias[c];
-    store_floats(y, columns, a.y, a.type, (m0 + r) * a.n + n0);
+      for (int64_t r = 0; r < rows; ++r) y[r] += bias[r];
+    store_floats(y, rows, a.y, a.type, (m0 + t) * a.n + n0);
   }
-}
-
-void compute(const GemmArgs& a, int64_t m0, int rows, int64_t n0, int columns, Tile& tile) {
-  const int across = 4 * ceil_div(columns, 4 * kLanes);  // vectors that hold the columns, in fours
-  __builtin_memset(tile.sums, 0, rows * sizeof tile.sums[0]);
-  for (int64_t first = 0; first < a.k;) {
-    const int64_t group = first / a.group;
-    const int depth = least(kBlock, (group + 1) * a.group - first);
-    const int words = ceil_div(depth, kWeightsPerWord);
-    if (first % a.group == 0) load_scales(a, n0, columns, group, tile);
-    if (rows <= kRows) prefetch(a, n0, first, depth);
-    load_words(a, n0, columns, across, first, depth, tile);
-    if (rows > kRows)
-      for (int word = 0; word < words; ++word)
-        for (int v = 0; v < across; ++v)
-          for (int i = 0; i < kWeightsPerWord; ++i)
-            tile.weights[word * kWeightsPerWord + i][v] = FromWords{tile}(word, i, v);
-    for (int r = 0; r < rows; r += kRows) {
-      const int some = least(kRows, rows - r);
-      load_x(a, m0 + r, some, first, depth, tile);
-      if (rows > kRows)
-        multiply_rows(some, tile, FromWeights{tile}, words, across, tile.sums + r);
-      else
-        multiply_rows(some, tile, FromWords{tile}, words, across, tile.sums + r);
-    }
-    first += depth;
-  }
-  store(a, m0, rows, n0, columns, tile);
 }
 
 }  // namespace
 
 void gemm(const GemmArgs& a, int64_t begin, int64_t end) {
-  Tile tile;
   const GemmTiles tiles = gemm_tiles(a);
-  for (int64_t t = begin; t < end; ++t) {
-    const int64_t m0 = t / tiles.across * tiles.rows, n0 = t % tiles.across * kColumns;
-    compute(a, m0, least(tiles.rows, a.m - m0), n0, least(kColumns, a.n - n0), tile);
+  const std::vector<Span> spans = spans_of(a);
+  RoundedTokens x(a, spans);
+  Panel panel(a);
+  Vec sums[GemmTiles::kTokens][kVectors];
+  for (int64_t i = begin; i < end; ++i) {
+    const int64_t m0 = i / tiles.across * tiles.tokens, n1 = i % tiles.across * GemmTiles::kRows;
+    const int tokens = static_cast<int>(std::min(tiles.tokens, a.m - m0));
+    const int most = kSums / x.planes, steps = (tokens + most - 1) / most;
+    x.load(m0, tokens);
+    for (int64_t n0 = n1; n0 < std::min(n1 + GemmTiles::kRows, a.n); n0 += kPanel) {
+      const int64_t rows = std::min<int64_t>(kPanel, a.n - n0);
+      panel.select(n0, rows);
+      __builtin_memset(sums, 0, tokens * sizeof sums[0]);
+      if (tokens * x.planes <= kDirect) {
+        const auto run = !a.a8 ? multiply_few<1, 2> : tokens == 1 ? multiply_few<1, 1> : multiply_few<2, 1>;
+        run(panel, x, spans, sums);
+      } else {
+        for (size_t s = 0; s < spans.size(); ++s) {
+          panel.load_bytes(spans[s]);
+          for (int step = 0; step < steps; ++step) {
+            const int t0 = tokens * step / steps, t1 = tokens * (step + 1) / steps;
+            const auto multiply_some = a.a8 ? multiply_tokens<1> : multiply_tokens<2>;
+            multiply_some(t1 - t0, panel, x, spans[s], s, t0, sums + t0);
+          }
+        }
+      }
+      store_tile(a, m0, tokens, n0, rows, sums);
+    }
   }
 }
 

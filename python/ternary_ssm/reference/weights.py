@@ -72,7 +72,7 @@ def gemm(
     """y[..., n] = sum_k x[..., k] * weight[n, k] + bias[n], weight = dequantize(codes, scales).
 
     activations: "fp8" and "a8" first round a row of x to e4m3 with the scale max |x| / 448, or to int8 with
-    the scale max |x| / 127.
+    the scale max |x| / 127. "a16" multiplies x as it is; the operator on a CPU rounds it to 16 bits.
     """
     acc = accumulate(x)
     x_acc, x_scale = x.to(acc), 1
