@@ -52,7 +52,10 @@ def test_model_sizes_that_do_not_fit_are_refused(options, message):
         ({"group_size": 0}, "group_size is 0, expected a positive multiple of 32, 'row' or 'tensor'"),
         ({"group_size": 100}, "group_size is 100"),
         ({"group_size": True}, "group_size is True"),
-        ({"rule": "median"}, "rule is 'median', expected one of absmean, twn, mse, binary, learned, bounded"),
+        (
+            {"rule": "median"},
+            "rule is 'median', expected one of absmean, twn, mse, binary, learned, bounded,",
+        ),
         ({"scale_dtype": "int8"}, "scale_dtype is 'int8'"),
         ({"embedding": "int4"}, "embedding is 'int4', expected one of float, int8, ternary"),
     ],

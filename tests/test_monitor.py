@@ -1,6 +1,7 @@
 """What is watched in a run, and what is done to weights on their way into a step."""
 
 import copy
+import dataclasses
 import json
 import math
 import sys
@@ -205,6 +206,21 @@ def test_some_rows_of_in_proj_stay_dense(tmp_path, layer, rows, dense):
     model = d.packed()
     assert model.ternary is None and not list(quantized_layers(model))
     assert torch.equal(model.backbone.layers[0].mixer.in_proj.weight, trained)
+
+
+def test_a_student_of_shifted_signs_is_saved_as_a_dense_model(tmp_path):
+    make_teacher().save_pretrained(tmp_path / "teacher")
+    np.save(tmp_path / "data.npy", np.arange(400) % VOCAB)
+    ternary = dataclasses.replace(TERNARY, rule="shifted")
+    config = DistillConfig(ternary, 20 * BATCH * LENGTH, LENGTH, BATCH, learning_rate=3e-3, log_every=1)
+    student = distill(tmp_path / "teacher", tmp_path / "data.npy", tmp_path / "out", config)
+    losses = [r["loss"] for r in runs.read_metrics(tmp_path / "out")]
+    assert losses[-1] < 0.9 * losses[0]
+    loaded = MambaLM.from_pretrained(tmp_path / "out")
+    assert loaded.ternary is None
+    assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), student.parameters(), strict=True))
+    weight = student.backbone.layers[0].mixer.in_proj.weight
+    assert all(len(column.unique()) == 2 for column in weight.T)
 
 
 def test_a_student_with_dense_rows_is_saved_as_a_dense_model(tmp_path, monkeypatch):

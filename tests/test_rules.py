@@ -230,3 +230,25 @@ def test_rules_that_train_scales_do_not_round_a_dense_weight(rule):
     with pytest.raises(ValueError, match=f"rule '{rule}' trains its scales, expected them beside"):
         TernaryWeight.from_float(model[0].weight, config)
     assert isinstance(pack_(quantize_(model, config))[0], TernaryLinear)
+
+
+def test_a_sign_with_a_scale_and_a_shift_a_column():
+    config = TernaryConfig(32, "shifted", modules=("0",))
+    torch.manual_seed(0)
+    model = quantize_(nn.Sequential(nn.Linear(64, 8, bias=False)), config)
+    latent, fake = model[0].parametrizations.weight.original, model[0].parametrizations.weight[0]
+    with torch.no_grad():
+        mean = latent.mean(0)
+        torch.testing.assert_close(fake.shift, mean)
+        torch.testing.assert_close(fake.scale, (latent - mean).abs().mean(0))
+        fake.shift.add_(0.1)
+    grad = torch.randn(8, 64)
+    values = model[0].weight
+    assert torch.equal(values, latent.sign() * fake.scale + fake.shift)
+    found = torch.autograd.grad(values, (latent, fake.scale, fake.shift), grad)
+    for a, b in zip(found, (grad, (grad * latent.sign()).sum(0), grad.sum(0)), strict=True):
+        torch.testing.assert_close(a, b)
+    with pytest.raises(ValueError, match="rule 'shifted' has no packed form, expected one of codes and"):
+        pack_(model)
+    with pytest.raises(ValueError, match="rule 'shifted' trains its scales: quantize_ and train"):
+        pack_(nn.Sequential(nn.Linear(64, 8)), config)

@@ -202,6 +202,7 @@ class TernaryConfig:
         2606.18114). "twn": code 0 up to 0.7 mean |w|, scale = mean |w| of the rest (arXiv 1605.04711). "mse":
         the codes and scale of least squared error. "binary": the sign, scale = mean |w|. "learned",
         "bounded": as absmean with a trained scale, or absmean times a trained factor between 0 and 2.
+        "shifted": the sign times a trained scale plus a trained shift, one each a column; in training alone.
     scale_dtype: "float16", "bfloat16" or "float32", in training, in files and in memory.
     modules: the Linear layers that become ternary, by last name ("in_proj") or in full.
     embedding: "float" leaves embedding and head as they are; "int8" stores them with one scale a row;
@@ -218,7 +219,7 @@ class TernaryConfig:
         g = self.group_size
         if g not in ("row", "tensor") and (not isinstance(g, int) or isinstance(g, bool) or g <= 0 or g % 32):
             raise ValueError(f"group_size is {g!r}, expected a positive multiple of 32, 'row' or 'tensor'")
-        _one_of("rule", self.rule, ("absmean", "twn", "mse", "binary", "learned", "bounded"))
+        _one_of("rule", self.rule, ("absmean", "twn", "mse", "binary", "learned", "bounded", "shifted"))
         _one_of("scale_dtype", self.scale_dtype, ("float16", "bfloat16", "float32"))
         _one_of("embedding", self.embedding, ("float", "int8", "ternary"))
         names = self.modules
@@ -233,7 +234,12 @@ class TernaryConfig:
     @property
     def trains_scales(self) -> bool:
         """Whether scales come from parameters of the training, not from the weights alone."""
-        return self.rule in ("learned", "bounded")
+        return self.rule in ("learned", "bounded", "shifted")
+
+    @property
+    def packs(self) -> bool:
+        """Whether codes and scales hold what training sees."""
+        return self.rule != "shifted"
 
     def selects(self, name: str) -> bool:
         """Whether the Linear layer of this full name becomes ternary."""

@@ -23,6 +23,7 @@ ZERO_RATIO_LIMITS = {
     "binary": (0.5, 0.6),  # latent weights that are 0
     "learned": (0.7, 0.8),
     "bounded": (0.7, 0.8),
+    "shifted": (0.5, 0.6),  # values that are 0
 }
 
 

@@ -133,6 +133,8 @@ class FakeQuantize(nn.Module):
       grow until most codes are 0. Below 0 it counts as 0.
     - "bounded": `logit`, 0 at first; scale = absmean * 2 sigmoid(logit), absmean that of the latent weight at
       each step and a constant in the gradient. The factor is that of CAT-Q (arXiv 2606.26650).
+    - "shifted": `scale` and `shift` [k], q = sign(w) scale + shift of each column: the binary weights of
+      Bi-Mamba (arXiv 2411.11843), which begin as mean |w - shift| and the mean. Nothing packed holds them.
     """
 
     def __init__(self, config: TernaryConfig, latent: Tensor, dtype: torch.dtype = torch.float32) -> None:
@@ -146,6 +148,9 @@ class FakeQuantize(nn.Module):
             self.scale = nn.Parameter(scales.float())
         elif config.rule == "bounded":
             self.logit = nn.Parameter(latent.new_zeros(config.scales_shape(*latent.shape)))
+        elif config.rule == "shifted":
+            mean = latent.float().mean(0)
+            self.scale, self.shift = nn.Parameter((latent - mean).abs().mean(0)), nn.Parameter(mean)
 
     @staticmethod
     @torch.no_grad()
@@ -172,6 +177,9 @@ class FakeQuantize(nn.Module):
         if self.config.rule == "absmean":
             group = self.config.group_of(latent.shape[1])
             return torch.ops.ternary.fake_quantize(latent, group, self.config.torch_scale_dtype, dtype)
+        if self.config.rule == "shifted":
+            straight_through = latent - latent.detach()  # 0, whose gradient is the identity
+            return (latent.detach().sign() * self.scale + self.shift + straight_through).to(dtype)
         scales = self.scales(latent)
         ternary = TernaryWeight.from_float(latent, self.config, scales)
         return _StraightThrough.apply(latent, scales, ternary, dtype)

@@ -71,6 +71,8 @@ def pack_(
         if len(configs) > 1 or (config is not None and configs != {config}):
             raise ValueError(f"the model was quantized with {configs}, pack_ was given {config}")
         (config,) = configs
+        if not config.packs:
+            raise ValueError(f"rule {config.rule!r} has no packed form, expected one of codes and scales")
     elif config is None:
         raise ValueError("the model is not quantized: quantize_ it first, or give pack_ a config")
     elif config.trains_scales:

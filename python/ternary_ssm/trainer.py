@@ -209,7 +209,8 @@ class Distiller:
     def packed(self) -> MambaLM | None:
         """The student for inference, in fp16, on rank 0; None on others. The run cannot go on after it.
 
-        One whose in_proj is ternary in some rows only has no packed form: it is a dense model of the values.
+        One whose in_proj is ternary in some rows only has no packed form, nor have values of the rule
+        "shifted": it is a dense model of the values.
         """
         student, config = self.student, self.config
         self.rounding.share = 1.0
@@ -220,7 +221,7 @@ class Distiller:
             student = quantize_(MambaLM(student.config), config.ternary)
             student.load_state_dict(state)
             Rounding(student, config.dense_rows(student.config))
-        if config.dense_rows(student.config):
+        if config.dense_rows(student.config) or not config.ternary.packs:
             for _, layer in list(quantized_layers(student)):
                 parametrize.remove_parametrizations(layer, "weight")
         else:
