@@ -8,7 +8,9 @@
 #include <algorithm>
 
 #include "kernels/head.h"
+#include "kernels/sm90/common/integers.cuh"
 #include "kernels/sm90/common/launch.cuh"
+#include "kernels/sm90/common/limits.h"
 #include "kernels/sm90/common/ptx.cuh"
 #include "kernels/sm90/common/types.cuh"
 
@@ -20,7 +22,6 @@ struct Head {
   static constexpr int kRows = HeadArgs::kTileRows;  // of a tile
   static constexpr int kMaxStages = 6;
   static constexpr int kTokens = HeadArgs::kTokens, kStep = HeadArgs::kStep;
-  static constexpr int kSharedBytes = 227 * 1024;  // of a block, at most
 };
 
 struct HeadLaunch {
@@ -54,7 +55,6 @@ __host__ __device__ constexpr int scale_bytes(int tiles) {
 template <class Element, class Weight>
 __device__ void normalize(const HeadArgs& a, int64_t first, uint8_t* smem_x, float* x_scales) {
   constexpr bool kIntegers = sizeof(Weight) == 1;
-  constexpr float kOne = 12582912.0f, kLargest = 127 * 256;  // 1.5 * 2^23 leaves the integer in the low bits
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, pitch = pitch_of<Weight>(a.d);
   const int64_t token = first + warp;
   if (warp >= Head::kTokens) return;
@@ -79,32 +79,25 @@ __device__ void normalize(const HeadArgs& a, int64_t first, uint8_t* smem_x, flo
     return of_x.x * of_x.x + of_x.y * of_x.y + of_x.z * of_x.z + of_x.w * of_x.w;
   };
   float squares = 0, v[4];
-  uint32_t most = 0;  // as bits, of which NaN has the largest
+  uint32_t most = 0;
 #pragma unroll 8
   for (int i = lane; i < a.d / 4; i += 32) {
     squares += read(v, i);
 #pragma unroll
-    for (int j = 0; j < 4; ++j) most = max(most, __float_as_uint(v[j]) & 0x7FFFFFFF);
+    for (int j = 0; j < 4; ++j) most = max(most, magnitude_bits(v[j]));
   }
   for (int lanes = 16; lanes > 0; lanes /= 2) squares += __shfl_xor_sync(~0u, squares, lanes);
   const float factor = rsqrtf(squares / static_cast<float>(a.d) + a.eps);
   const float largest = __uint_as_float(__reduce_max_sync(~0u, most));
-  const float inverse = largest > 0 ? kLargest / largest : largest;
-  if (lane == 0) x_scales[warp] = factor * largest / kLargest;
+  const float inverse = largest > 0 ? kLargestInteger / largest : largest;
+  if (lane == 0) x_scales[warp] = factor * largest / kLargestInteger;
 #pragma unroll 8
   for (int i = lane; i < a.d / 4; i += 32) {
     read(v, i);
     if constexpr (kIntegers) {
-      uint32_t n[4];
-#pragma unroll
-      for (int j = 0; j < 4; ++j) n[j] = __float_as_uint(fmaf(v[j], inverse, kOne));
-      const auto bytes = [&n](uint32_t two) {
-        return __byte_perm(__byte_perm(n[0], n[1], two), __byte_perm(n[2], n[3], two), 0x5410);
-      };
-      lower[i] = bytes(0x0040);
-#pragma unroll
-      for (int j = 0; j < 4; ++j) n[j] += 128;
-      upper[i] = bytes(0x0051);
+      const TwoBytes bytes = to_two_bytes(v, inverse);
+      lower[i] = bytes.lower;
+      upper[i] = bytes.upper;
     } else {
       to[i] = {pack_floats<Element>(v[0] * factor, v[1] * factor),
                pack_floats<Element>(v[2] * factor, v[3] * factor)};
@@ -251,7 +244,7 @@ static cudaError_t launch_head(const HeadArgs& args, cudaStream_t stream) {
   const int before = sizeof(HeadShared) + scale_bytes<Weight>(static_cast<int>(of_block)) +
                      Head::kTokens * pitch_of<Element>(args.d);
   const int stage = Head::kRows * pitch_of<Weight>(args.d);
-  const int stages = std::min((Head::kSharedBytes - before) / stage, Head::kMaxStages);
+  const int stages = std::min((kSharedBytes - before) / stage, Head::kMaxStages);
   if (stages < 1) return cudaErrorInvalidValue;
   const int bytes = before + stages * stage;
   error =

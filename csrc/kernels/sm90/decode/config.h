@@ -10,15 +10,14 @@ struct Decode {
   static constexpr int kUnit = 8;         // channels whose rows of z and x make a tile of in_proj
   static constexpr int kStateSize = 128;  // per channel
   static constexpr int kConvWidth = 4;
-  static constexpr int kExpand = 2;    // d_inner / d_model: spans of a warp in a row of out_proj
-  static constexpr int kMinWarps = 8;  // that compute; two more load and exchange
-  static constexpr int kPad = 32;      // bytes after a row of codes: four rows lie in different banks
-  static constexpr int kMaxHeads = 8;  // that have channels in one block
-  static constexpr int kMaxDepth = 8;  // of a queue
-  static constexpr int kSharedBytes = 227 * 1024;  // of a block, at most
-  static constexpr int kRegions = 2;               // of values on their way between blocks: layers take turns
-  static constexpr int kHeadTiles = 2;             // of a block, that are brought to L2 for the head
-  static constexpr int kCopies = 4;                // of a region: a quarter of the blocks read each
+  static constexpr int kExpand = 2;     // d_inner / d_model: spans of a warp in a row of out_proj
+  static constexpr int kMinWarps = 8;   // that compute; two more load and exchange
+  static constexpr int kPad = 32;       // bytes after a row of codes: four rows lie in different banks
+  static constexpr int kMaxHeads = 8;   // that have channels in one block
+  static constexpr int kMaxDepth = 8;   // of a queue
+  static constexpr int kRegions = 2;    // of values on their way between blocks: layers take turns
+  static constexpr int kHeadTiles = 2;  // of a block, that are brought to L2 for the head
+  static constexpr int kCopies = 4;     // of a region: a quarter of the blocks read each
 };
 
 // The sizes that a kernel is compiled for.

@@ -29,8 +29,7 @@ class Messenger : Worker<Config> {
   __device__ explicit Messenger(const StepArgs& a) : Base(a), row_(lane_ / 2), part_(lane_ % 2) {
 #pragma unroll
     for (int i = 0; i < kSpansOfLane; ++i) {
-      const int column = (2 * i + part_) * Decode::kSpan;
-      group_[i] = a.in_groups ? min(column / d_.in_group, a.in_groups - 1) : 0;
+      group_[i] = Base::group_of((2 * i + part_) * Decode::kSpan, d_.in_group, a.in_groups);
     }
   }
 
@@ -76,7 +75,7 @@ class Messenger : Worker<Config> {
 
  private:
   using Base::a_, Base::d_, Base::p_, Base::work_, Base::lane_, Base::half_, Base::sixteenth_;
-  using Base::factor, Base::in_scales, Base::in_sums, Base::convolve, Base::convolve_older, Base::input;
+  using Base::factor, Base::in_scales, Base::in_sums, Base::convolve;
   using Base::is_half_, Base::half_scales_, Base::params_, Base::in_, Base::kBatch, Base::kMaxUnits;
   using typename Base::Convolution;
   static_assert(Config::kSpans % 2 == 0);
@@ -101,13 +100,7 @@ class Messenger : Worker<Config> {
     for (int i = 0; i < kSpansOfLane; ++i) scales[i] = widen(from[group_[i]], half_scales_);
     uint16_t inputs[kBatch][3] = {};
     if (mixes) {
-#pragma unroll
-      for (int b = 0; b < kBatch; ++b) {
-        if (b >= d_.batch) break;
-#pragma unroll
-        for (int i = 0; i < 3; ++i) inputs[b][i] = input(c, b, i);
-        older[b] = convolve_older(c, inputs[b]);
-      }
+      this->read_convolution(c, inputs, older);
     } else if (head < d_.heads) {
       dt_bias = this->template param<float>(p_.at.dt_bias)[head];
       A = this->template param<float>(p_.at.A)[head];

@@ -5,13 +5,11 @@
 // 2^-16 of the span's largest value), as two bytes in two columns of B: 256 high + low. Sums are exact.
 #pragma once
 
+#include "kernels/sm90/common/integers.cuh"
 #include "kernels/sm90/common/ptx.cuh"
 #include "kernels/sm90/decode/config.h"
 
 namespace ternary::sm90 {
-
-constexpr float kIntegerOne = 12582912.f;  // 1.5 * 2^23: a sum with it has the integer in its low bits
-constexpr float kLargest = 127 * 256;      // of x as an integer: both bytes fit
 
 // A lane's codes of a tile, of one span.
 struct CodesOfTile {
@@ -31,8 +29,8 @@ struct SpanOfX {
   uint32_t b[8];  // words 0 and 1 of a lane's codes, weights 3 - i, 7 - i, ... of each
 
   // Sets n spans and the scales of their sums. values: of each row columns lane % 4 + {0, 4, 8, 12} of word
-  // lane / 4. staging: n * kBatch * 256 bytes, the warp's own, which it
-  // last read before a barrier.
+  // lane / 4. staging: n * kBatch * 256 bytes, the warp's own, which it last read before
+  // a barrier.
   template <int n>
   __device__ static void set(SpanOfX* spans, const float4 (&values)[n * kBatch], float (&scales)[n * kBatch],
                              uint8_t* staging) {
@@ -40,23 +38,16 @@ struct SpanOfX {
 #pragma unroll
     for (int row = 0; row < n * kBatch; ++row) {
       const float v[4] = {values[row].x, values[row].y, values[row].z, values[row].w};
-      uint32_t most = 0;  // as bits, of which NaN has the largest
+      uint32_t most = 0;
 #pragma unroll
-      for (int i = 0; i < 4; ++i) most = max(most, __float_as_uint(v[i]) & 0x7FFFFFFF);
+      for (int i = 0; i < 4; ++i) most = max(most, magnitude_bits(v[i]));
       const float largest = __uint_as_float(__reduce_max_sync(~0u, most));
-      const float inverse = largest > 1e-30f ? __fdividef(kLargest, largest) : 0;
-      scales[row] = largest * (1 / (kLargest * 64));
-      uint32_t integers[4];  // in the low 16 bits
-#pragma unroll
-      for (int i = 0; i < 4; ++i) integers[i] = __float_as_uint(v[i] * inverse + kIntegerOne);
-      const auto bytes = [](const uint32_t (&from)[4], uint32_t two) {
-        return __byte_perm(__byte_perm(from[0], from[1], two), __byte_perm(from[2], from[3], two), 0x5410);
-      };
+      const float inverse = largest > 1e-30f ? __fdividef(kLargestInteger, largest) : 0;
+      scales[row] = largest * (1 / (kLargestInteger * 64));
       uint32_t* to = reinterpret_cast<uint32_t*>(staging + row * 2 * Decode::kSpan) + lane / 4 * 4 + 3 - quad;
-      to[Decode::kSpan / 4] = bytes(integers, 0x0040);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) integers[i] += 128;
-      to[0] = bytes(integers, 0x0051);
+      const TwoBytes bytes = to_two_bytes(v, inverse);
+      to[Decode::kSpan / 4] = bytes.lower;
+      to[0] = bytes.upper;
     }
     __syncwarp();
 #pragma unroll

@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "kernels/codes.h"
+#include "kernels/sm90/common/limits.h"
 #include "kernels/sm90/decode/config.h"
 
 namespace ternary::sm90 {
@@ -164,7 +165,7 @@ inline DecodePlan plan_decode(const DecodeShape& s, int sms) {
     p.states.depth = states;
     p.out.depth = out;
     place_decode(p);
-    return p.shared_bytes <= Decode::kSharedBytes;
+    return p.shared_bytes <= kSharedBytes;
   };
   const int states = std::min(2 * s.batch, Decode::kMaxDepth);
   for (const auto& [in, out] : {std::pair{2, 2}, {2, 1}, {1, 1}})

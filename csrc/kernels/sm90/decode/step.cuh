@@ -49,7 +49,7 @@ class Step : Worker<Config> {
   using Base::is_half_, Base::half_scales_, Base::params_, Base::in_, Base::states_, Base::out_, Base::own_;
   using Base::kBatch, Base::staging, Base::has_span, Base::sync;
   using Base::one_scale_, Base::kMaxUnits, Base::put, Base::put_stats;
-  using Base::own_convolution, Base::convolve_older, Base::convolve, Base::input;
+  using Base::own_convolution, Base::convolve;
   using typename Base::Convolution, typename Base::X;
 
   // The residual stream starts as the tokens' embedding.
@@ -70,16 +70,7 @@ class Step : Worker<Config> {
     CodesOfTile next = {};
     if (has_span()) next.load<Config::kInPitch>(codes);
     uint16_t inputs[kBatch][3] = {};
-    if (work_.units.count) {
-      const Convolution c = own_convolution();
-#pragma unroll
-      for (int b = 0; b < kBatch; ++b) {
-        if (b >= d_.batch) break;
-#pragma unroll
-        for (int i = 0; i < 3; ++i) inputs[b][i] = input(c, b, i);
-        older_[b] = convolve_older(c, inputs[b]);
-      }
-    }
+    if (work_.units.count) this->read_convolution(own_convolution(), inputs, older_);
 #pragma unroll
     for (int b = 0; b < kBatch; ++b) kept_[b][0] = inputs[b][1], kept_[b][1] = inputs[b][2];
 

@@ -59,10 +59,9 @@ class Worker {
     head_ = channel_ / d_.head_dim - first_head_;
     for (int i = 0; i < kRounds; ++i) {
       const int column = (sixteenth_ + 16 * i) * Decode::kSpan;
-      in_group_[i] = a.in_groups ? min(column / d_.in_group, a.in_groups - 1) : 0;
+      in_group_[i] = group_of(column, d_.in_group, a.in_groups);
       for (int part = 0; part < Decode::kExpand; ++part)
-        out_group_[part][i] =
-            a.out_groups ? min((part * Config::kModel + column) / d_.out_group, a.out_groups - 1) : 0;
+        out_group_[part][i] = group_of(part * Config::kModel + column, d_.out_group, a.out_groups);
     }
   }
 
@@ -71,6 +70,11 @@ class Worker {
   static constexpr int kMaxUnits = 2 * Config::kWarps / Decode::kUnit;  // of a block: a half warp a channel
   static constexpr int kRounds = (Config::kSpans + 15) / 16;            // of a half warp over the spans
   using X = SpanOfX<kBatch>;
+
+  // Which of a row's scales a column has; groups: 0 with one for the whole matrix.
+  __device__ static int group_of(int column, int group, int groups) {
+    return groups ? min(column / group, groups - 1) : 0;
+  }
 
   // The convolution of a channel: `channel` of `channels` whose parameters lie at these places.
   struct Convolution {
@@ -183,6 +187,17 @@ class Worker {
 #pragma unroll
     for (int i = 0; i < 3; ++i) v += widen(weight(c, i), is_half_) * widen(inputs[i], is_half_);
     return v;
+  }
+  // A channel's past in each sequence: its inputs as they are kept, and their sums.
+  __device__ void read_convolution(const Convolution& c, uint16_t (&inputs)[kBatch][3],
+                                   float (&older)[kBatch]) const {
+#pragma unroll
+    for (int b = 0; b < kBatch; ++b) {
+      if (b >= d_.batch) break;
+#pragma unroll
+      for (int i = 0; i < 3; ++i) inputs[b][i] = input(c, b, i);
+      older[b] = convolve_older(c, inputs[b]);
+    }
   }
   // The channel's new value.
   __device__ float convolve(const Convolution& c, float older, float x) const {

@@ -5,12 +5,12 @@
 #include <cstdint>
 
 #include "kernels/codes.h"
+#include "kernels/sm90/common/limits.h"
 
 namespace ternary::sm90 {
 
 // What the kernels for tensor cores ask of the weight.
-constexpr int kAlignment = 64;            // of K: 16 bytes of codes, the grain of the copies
-constexpr int kSharedBytes = 227 * 1024;  // of a block, at most
+constexpr int kAlignment = 64;  // of K: 16 bytes of codes, the grain of the copies
 constexpr int64_t kMaxWeights = int64_t{1} << 34;
 
 // The streaming kernel for few rows of x: a warp holds its columns of x in registers as the B operand of

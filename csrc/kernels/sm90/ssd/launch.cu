@@ -3,6 +3,7 @@
 #include <type_traits>
 
 #include "kernels/sm90/common/launch.cuh"
+#include "kernels/sm90/common/limits.h"
 #include "kernels/sm90/common/tensor_map.h"
 #include "kernels/sm90/ssd/kernel.cuh"
 #include "kernels/sm90/ssd/plain.cuh"
@@ -113,7 +114,7 @@ static cudaError_t launch_chunks(ChunkPlan& plan, cudaStream_t stream) {
   ChunkArgs& args = plan.args;
   const auto blocks = static_cast<unsigned>(plan.segments * args.ssd.groups * args.teams);
   constexpr size_t kBytes = sizeof(ChunkShared<Outputs>);
-  static_assert(kBytes <= 227 * 1024 && kBytes == sizeof(ChunkShared<Added>));
+  static_assert(kBytes <= kSharedBytes && kBytes == sizeof(ChunkShared<Added>));
   args.parts = static_cast<float4*>(args.ssd.workspace);
   args.decays = reinterpret_cast<float*>(static_cast<char*>(args.ssd.workspace) + plan.bytes_of_parts());
   cudaError_t error = map_operands(args);
@@ -126,7 +127,7 @@ static cudaError_t launch_chunks(ChunkPlan& plan, cudaStream_t stream) {
 static cudaError_t launch_plain(const SsdArgs& args, cudaStream_t stream) {
   const int64_t warp_bytes = std::max<int64_t>(args.state_size, 1) * Plain::kRows * sizeof(float);
   int64_t warps = Plain::kWarps;
-  while (warps > 1 && warps * warp_bytes > 227 * 1024) warps /= 2;
+  while (warps > 1 && warps * warp_bytes > kSharedBytes) warps /= 2;
   const int64_t rows = warps * Plain::kRows;
   return cudaError_t(with_type(args.type, [&](auto element) -> int {
     const auto kernel = plain_ssd_kernel<decltype(element)>;
