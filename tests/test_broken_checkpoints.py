@@ -23,8 +23,8 @@ from test_checkpoints import (
     edit_json,
     edit_tensors,
     make,
-    write_mamba_ssm,
 )
+from test_mamba_ssm_checkpoints import write_mamba_ssm
 
 
 def test_missing_and_strange_files(tmp_path):
